@@ -1,0 +1,543 @@
+"""train.py - does variance reduction make masked diffusion training stable? Train the methods and compare them.
+
+    python train.py                                        ARM, MDM and P-POTS+MIRROR, three seeds, one table
+    python train.py --method=pposts_mirror                 one method
+    python train.py --method=mdm,mdm_batch2,multi2,mirror  two-pass MIRROR next to controls of the same compute
+    python train.py --n_seeds=32 --out_dir=out32           thirty-two seeds, trained as one batch
+    python train.py --resume                               go on where a stopped run was
+    python train.py --variance                             and measure the variance of each method, exactly
+
+All seeds of a method train at once, along the leading axis of every parameter. Each seed has private random streams,
+so its result depends neither on the other seeds nor on the other methods. Results go to OUT_DIR/results.jsonl, one
+line per method and seed, and OUT_DIR/METHOD/ckpt.pt. How the methods work is in mdm.py.
+"""
+import argparse
+import dataclasses
+import json
+import math
+import os
+import pickle
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+import mdm
+from data import arith
+from mdm import GPT, GPTConfig, method_name, parse_method
+
+PAPER_SEEDS = [42, 731, 20231]
+
+
+def opt(default, why):
+    """A setting: its default, and the reason for it, which is also its --help."""
+    return field(default=default, metadata={"help": why})
+
+
+@dataclass
+class Config:
+    """Every setting, with the reason for its default. All methods share them: only the estimator differs."""
+
+    # what to run
+    method: str = opt("arm,mdm,ppots_mirror", "methods to compare, separated by commas; the paper's claim is about these three")
+    seeds: str = opt("", "seeds, separated by commas (default: the paper's 42,731,20231)")
+    n_seeds: int = opt(0, "or how many: the paper's three, then 0,1,2,...")
+    dataset: str = opt("add3", f"{', '.join(arith.DATASETS)}; add3 is the easiest on which a plain MDM is unstable")
+    # training
+    steps: int = opt(2000, "optimizer steps: the ARM has long solved add3 by then, while the plain MDM's seeds still disagree")
+    batch_size: int = opt(64, "sequences per step and seed, all methods alike")
+    lr: float = opt(3e-3, "peak learning rate; 100 warm-up steps, then linearly to 0")
+    weight_decay: float = opt(0.01, "AdamW's, on every parameter; small, a model this size hardly overfits")
+    grad_clip: float = opt(1.0, "largest gradient norm, of each seed by itself")
+    eps: float = opt(1e-3, "smallest masking rate, as in LLaDA; it keeps the plain loss's variance finite (see mdm.py)")
+    # model
+    n_layer: int = opt(2, "transformer blocks; two suffice for carries")
+    n_head: int = opt(4, "attention heads")
+    n_embd: int = opt(64, "width; a seed trains in seconds and solves add3")
+    # the methods' own
+    ppots_fit: str = opt("epr", "P-POTS: epr, the paper's fitted family, or grid, the measured curve itself")
+    ppots_refits: int = opt(10, "P-POTS: how often the curve is measured; from scratch it moves, so once is not enough")
+    ppots_budget: float = opt(0.02, "P-POTS: share of the training's forward passes that measuring it may cost")
+    isad_tokens: str = opt("", "ISAD: its rare tokens, as one string (default: separators in the response, else its 2 rarest)")
+    # evaluation, files, machine
+    eval_every: int = opt(250, "steps between evaluations, progress lines and checkpoints")
+    out_dir: str = opt("out", "where results and checkpoints go")
+    resume: bool = opt(False, "go on from the checkpoints in --out_dir, to the same numbers as if never stopped")
+    variance: bool = opt(False, "after training, measure A, B and C of every method at one frozen model")
+    device: str = opt("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
+
+
+BETAS = (0.9, 0.98)  # AdamW; 0.98 as usual for small batches of heavy-tailed gradients
+WARMUP = 100  # steps
+NOT_TRAINING = {"method", "seeds", "n_seeds", "out_dir", "resume", "variance", "device"}  # these may change on --resume
+
+
+class UserError(Exception):
+    """Something the user can put right; shown as one line."""
+
+
+def parse_args(argv=None):
+    """The command line, as (Config, methods, seeds). Exits with code 2 and one line when a value makes no sense."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, epilog=methods_help()
+    )
+    for f in dataclasses.fields(Config):
+        text = f.metadata["help"].replace("%", "%%")
+        if f.type in (bool, "bool"):
+            parser.add_argument(f"--{f.name}", action="store_true", help=text)
+        else:
+            text += f" [{f.default}]" if f.default not in ("", 0) else ""
+            parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default, metavar=f.name.split("_")[-1].upper(), help=text)
+    parser.error = lambda message: sys.exit(fail(message))
+    cfg = Config(**vars(parser.parse_args(argv)))
+    try:
+        return cfg, parse_methods(cfg.method), parse_seeds(cfg)
+    except (ValueError, UserError) as e:
+        sys.exit(fail(e))
+
+
+def fail(message):
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def methods_help():
+    lines = ["methods: arm, mdm, or ingredients of an MDM joined by _ (pposts is read as ppots):"]
+    for word, (attacks, passes, what) in mdm.INGREDIENTS.items():
+        lines.append(f"  {word:10} attacks {attacks:4} {'2 passes' if passes == 2 else '1 pass  '}  {what}")
+    return "\n".join(lines)
+
+
+def parse_methods(text):
+    """"mdm,pposts_mirror" -> [frozenset(), frozenset({"ppots", "mirror"})], each once."""
+    names = [name for name in text.split(",") if name.strip()]
+    if not names:
+        raise ValueError("--method names no method; for instance --method=mdm,ppots_mirror")
+    return list(dict.fromkeys(parse_method(name) for name in names))
+
+
+def parse_seeds(cfg):
+    """The list of seeds. Raises ValueError for none, a negative one, or one given twice."""
+    if cfg.n_seeds and cfg.seeds:
+        raise ValueError("give --seeds or --n_seeds, not both")
+    if cfg.n_seeds < 0:
+        raise ValueError("--n_seeds must be at least 1")
+    if not cfg.seeds:
+        return (PAPER_SEEDS + [i for i in range(cfg.n_seeds) if i not in PAPER_SEEDS])[: cfg.n_seeds or 3]
+    try:
+        seeds = [int(s) for s in cfg.seeds.split(",")]
+    except ValueError:
+        raise ValueError(f"--seeds wants whole numbers separated by commas, not '{cfg.seeds}'") from None
+    if min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise ValueError("--seeds must be at least 0, each given once")
+    return seeds
+
+
+def check(cfg):
+    """Raises UserError, in one line, for a setting that cannot work."""
+    for name in ("steps", "batch_size", "n_layer", "n_head", "n_embd", "eval_every", "ppots_refits"):
+        if getattr(cfg, name) < 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(cfg, name)}")
+    for name in ("lr", "grad_clip", "ppots_budget"):
+        if not 0 < getattr(cfg, name) < math.inf:
+            raise UserError(f"--{name} must be a positive number, not {getattr(cfg, name)}")
+    if not 0 <= cfg.weight_decay < math.inf or not 0 <= cfg.eps < 1:
+        raise UserError("--weight_decay must be at least 0 and --eps in [0, 1)")
+    if cfg.n_embd % cfg.n_head:
+        raise UserError(f"--n_embd ({cfg.n_embd}) must be a multiple of --n_head ({cfg.n_head})")
+    if cfg.ppots_fit not in ("epr", "grid"):
+        raise UserError(f"--ppots_fit must be epr or grid, not '{cfg.ppots_fit}'")
+
+
+def pick_device(name):
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device={name} cannot be used on this machine; leave it out to take what there is") from None
+    return name
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Randomness. Every number a run draws comes from a stream named by (seed, purpose, block of steps). So a seed's numbers
+# depend on nothing else, and a stream need not be saved: the step number says where it stands.
+
+STREAMS = ["init", "data", "rate", "shuffle", "mask", "pilot"]
+
+
+def stream(seed, purpose, block=0, device="cpu"):
+    key = np.random.SeedSequence([seed, STREAMS.index(purpose), block]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(key))
+
+
+def draw_block(cfg, method, seeds, block, n_steps, batch_size, n_train, n, device):
+    """All the random numbers of n_steps steps, in a few large draws: idx, u (K, S, B), r (K, copies, S, B, n)."""
+    K, B, copies = n_steps, batch_size, 2 if "multi2" in method else 1
+    idx, u, r = [], [], []
+    for seed in seeds:
+        idx.append(torch.randint(n_train, (K, B), generator=stream(seed, "data", block, device), device=device))
+        u.append(1 - torch.rand(K, B, generator=stream(seed, "rate", block, device), device=device))
+        r.append(torch.rand(K, copies, B, n, generator=stream(seed, "mask", block, device), device=device))
+    u = torch.stack(u, 1)
+    if method & {"strats", "lowdisc"}:
+        shuffle = [torch.rand(K, B, generator=stream(seed, "shuffle", block, device), device=device) for seed in seeds]
+        u = mdm.draw_rates(method, u, torch.stack(shuffle, 1).argsort(-1))
+    return torch.stack(idx, 1), u, torch.stack(r, 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training.
+
+
+def build(cfg, method, seeds, data, device):
+    """A stacked model, one row per seed, and the positions (n,) that the method may mask."""
+    T = data.train.shape[1]
+    causal = "arm" in method
+    gpt_config = GPTConfig(len(data.chars), T, cfg.n_layer, cfg.n_head, cfg.n_embd, causal)
+    model = GPT(gpt_config, [stream(seed, "init") for seed in seeds]).to(device)
+    response = list(range(data.prompt_len, T))
+    pos = data.structural + response if "syrm" in method else response
+    return model, torch.tensor(pos, device=device)
+
+
+def train(cfg, method, seeds, data, device="cpu", state=None, report=None, stop=None):
+    """Train one method for all seeds at once. A plain function of its arguments: it prints and writes nothing.
+
+    cfg: Config; method: from parse_method; seeds: list of int; data: from data.arith.make; state: a dictionary from an
+    earlier call, to go on from; report(state): called after every evaluation, and at the end; stop(): asked after every
+    step, True ends the training there (report is called, and the state can be continued).
+    Returns the state: "step", "steps", "model", "optimizer", "curve" [{"step", "loss", "accuracy", "nll"}, with one
+    value per seed], "seconds", "forward_tokens", "n_params", "done", and what P-POTS and EMA remember.
+    """
+    model, pos = build(cfg, method, seeds, data, device)
+    S, n, T = len(seeds), len(pos), data.train.shape[1]
+    B = cfg.batch_size * (2 if "batch2" in method else 1)
+    steps = cfg.steps * (2 if "steps2" in method else 1)
+    params = list(model.parameters())
+    fused = device.startswith(("cpu", "cuda"))
+    optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=BETAS, weight_decay=cfg.weight_decay, fused=fused)
+    train_x, arm, M = data.train.to(device), "arm" in method, mdm.n_masks(method)
+    rare = rare_tokens(cfg, data).to(device) if "isad" in method else None
+
+    state = dict(state or {"step": 0, "curve": [], "seconds": 0.0, "table": None, "theta": None, "ema": None})
+    if state["step"] > 0:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    table, theta, ema = (None if state[k] is None else state[k].to(device) for k in ("table", "theta", "ema"))
+    if "ema" in method and ema is None:
+        ema = torch.zeros(S, 10, device=device)
+    block_steps = max(1, min(64, 2**20 // (B * n)))  # the same for any number of seeds, or streams would shift
+    refit_every = max(1, steps // cfg.ppots_refits)
+    loss_sum, loss_steps, clock = torch.zeros(S, device=device), 0, time.perf_counter()
+
+    def snapshot(done):
+        state.update(step=step, steps=steps, model=model.state_dict(), optimizer=optimizer.state_dict(), table=table,
+                     theta=theta, ema=ema, seconds=state["seconds"] + time.perf_counter() - clock, done=done,
+                     forward_tokens=step * B * M * T, passes=M, n_params=sum(p[0].numel() for p in params))  # fmt: skip
+        if report:
+            report(state)
+
+    for step in range(state["step"], steps):
+        block, i = divmod(step, block_steps)
+        if i == 0 or step == state["step"]:
+            idx, u, r = draw_block(cfg, method, seeds, block, block_steps, B, len(train_x), n, device)
+        if "ppots" in method and step % refit_every == 0 and step // refit_every < cfg.ppots_refits:
+            table, theta = refit_ppots(cfg, method, seeds, model, train_x, pos, step, steps * B * M, theta)
+
+        x0 = train_x[idx[i]]  # (S, B, T)
+        if arm:
+            loss = mdm.token_nll(model, x0, pos).mean(-1)
+        else:
+            is_rare = None if rare is None else torch.isin(x0[..., pos], rare)
+            loss = mdm.method_loss(model, x0, pos, *mdm.draw_masks(method, u[i], r[i], table, cfg.eps, is_rare))
+        if ema is not None:
+            loss, ema = mdm.ema_control_variate(loss, u[i], ema)
+        loss = loss.mean(-1)  # (S,)
+        optimizer.zero_grad()
+        loss.sum().backward()  # the sum, since seeds share no parameter: each gets the gradient of its own loss
+        clip_per_seed(params, cfg.grad_clip)
+        for group in optimizer.param_groups:
+            group["lr"] = cfg.lr * min((step + 1) / WARMUP, (steps - step) / max(1, steps - WARMUP), 1.0)
+        optimizer.step()
+        loss_sum, loss_steps = loss_sum + loss.detach(), loss_steps + 1
+
+        step += 1
+        if step % cfg.eval_every == 0 or step == steps:
+            accuracy, nll = evaluate(model, data, n_nll=len(data.test) if step == steps else 128)
+            state["curve"].append({"step": step, "loss": (loss_sum / loss_steps).tolist(), "accuracy": accuracy, "nll": nll})
+            snapshot(done=step == steps)
+            loss_sum, loss_steps, clock = torch.zeros_like(loss_sum), 0, time.perf_counter()
+        if stop and stop() and step < steps:
+            snapshot(done=False)
+            break
+    return state
+
+
+def clip_per_seed(params, max_norm):
+    """Scale each seed's gradient, over all its parameters, to at most max_norm."""
+    norm = sum(p.grad.flatten(1).square().sum(1) for p in params).sqrt()  # (S,)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1)
+    for p in params:
+        p.grad.mul_(scale.view(-1, *[1] * (p.dim() - 1)))
+
+
+def refit_ppots(cfg, method, seeds, model, train_x, pos, step, budget_sequences, theta):
+    """Measure P-POTS' curve again and make its table. The pilot's size follows from its budget: a training step on a
+    sequence counts as three forward passes of it."""
+    n, device = len(pos), train_x.device
+    n_counts, K = min(n, 16), 2
+    X = max(4, int(cfg.ppots_budget * 3 * budget_sequences / cfg.ppots_refits / (n_counts * K)))
+    generators = [stream(seed, "pilot", step, device) for seed in seeds]
+    idx = torch.stack([torch.randint(len(train_x), (X,), generator=g, device=device) for g in generators])
+    r = torch.stack([torch.rand(X, n_counts, K, n, generator=g, device=device) for g in generators])
+    counts, sums = mdm.measure_counts(model, train_x[idx], pos, r)
+    theta = None if theta is None else theta.cpu()
+    table, theta = mdm.ppots_law(method, counts.cpu(), sums.cpu(), n, cfg.ppots_fit, cfg.eps, theta)
+    return table.float().to(device), theta
+
+
+def rare_tokens(cfg, data):
+    """ISAD's token ids: --isad_tokens, or the separators of the response, or else its two rarest tokens."""
+    count = data.train[:, data.prompt_len :].flatten().bincount(minlength=len(data.chars))
+    if cfg.isad_tokens:
+        try:
+            return torch.tensor(data.encode(cfg.isad_tokens))
+        except ValueError as e:
+            raise UserError(f"--isad_tokens: {e}") from None
+    separators = [i for i, c in enumerate(data.chars) if c in "+*=" and count[i] > 0]
+    return torch.tensor(separators or torch.where(count > 0, count, count.max() + 1).argsort()[:2].tolist())
+
+
+@torch.no_grad()
+def evaluate(model, data, n_nll=None, rows=16384):
+    """The same for every method, and deterministic: lists of one accuracy and one nll per seed.
+
+    accuracy: share of test problems whose whole response is right, decoded greedily, one token per step. nll: nats per
+    response token on the first n_nll test problems, exact for an ARM; for an MDM the bound, from the fixed masks of
+    mdm.nll_masks (all of them for short responses). rows bounds the sequences in one forward batch.
+    """
+    test, S = data.test.to(model.wte.device), len(model.wte)
+    pos = torch.arange(data.prompt_len, test.shape[1], device=test.device)
+    question = test.clone()
+    question[:, pos] = model.config.vocab_size
+    right = []
+    for part, answer in zip(question.split(max(1, rows // S)), test.split(max(1, rows // S))):
+        for x in mdm.generate(model, part.expand(S, -1, -1), pos):
+            pass
+        right.append((x == answer).all(-1))
+    accuracy = torch.cat(right, 1).float().mean(1)
+
+    test = test[:n_nll]
+    if model.config.causal:
+        return accuracy.tolist(), mdm.token_nll(model, test.expand(S, -1, -1), pos).mean((1, 2)).tolist()
+    mask, weight = mdm.nll_masks(len(pos), len(test), torch.Generator().manual_seed(0))
+    K, total = mask.shape[1], 0.0
+    step = max(1, rows // (S * K))
+    for x, m, w in zip(test.split(step), mask.to(test.device).split(step), weight.to(test.device).split(step)):
+        m, w = m.expand(S, -1, -1, -1), w.expand(S, -1, -1, -1)
+        nll = mdm.token_nll(model, x[:, None].expand(S, -1, K, -1), pos, m)
+        total = total + mdm.mdm_loss(nll, m, w).sum((1, 2))
+    return accuracy.tolist(), (total / len(test)).tolist()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Files. Whatever is written is written to a temporary name and renamed: a killed run leaves the old file or the new one.
+
+
+def write_file(path, write):
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = f"{path}.tmp"
+    with open(temporary, "wb") as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def checkpoint_path(out_dir, method):
+    return os.path.join(out_dir, method_name(method), "ckpt.pt")
+
+
+def load_checkpoint(path):
+    """The checkpoint's dictionary. Raises UserError if there is none, or if it is not one of ours."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(checkpoint, dict) or not {"config", "method", "seeds", "state"} <= set(checkpoint):
+            raise ValueError
+        return checkpoint
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}; train it first, or check --out_dir and --method") from None
+    except (RuntimeError, ValueError, EOFError, OSError, KeyError, pickle.UnpicklingError):
+        raise UserError(f"{path} is not a checkpoint of this program, or is damaged; delete it and train again") from None
+
+
+def resumable(cfg, method, seeds, path):
+    """The state to go on from, or None when there is no checkpoint. Raises UserError when it is of another run."""
+    if not os.path.exists(path):
+        return None
+    checkpoint = load_checkpoint(path)
+    ours, theirs = dataclasses.asdict(cfg), checkpoint["config"]
+    differ = [f"--{k}={theirs.get(k)}" for k in ours if k not in NOT_TRAINING and ours[k] != theirs.get(k)]
+    differ += [f"--seeds={','.join(map(str, checkpoint['seeds']))}"] if checkpoint["seeds"] != seeds else []
+    if differ:
+        raise UserError(f"{path} was trained with {' '.join(differ)}: use these, or another --out_dir, or leave out --resume")
+    return checkpoint["state"]
+
+
+def result_lines(cfg, method, seeds, state, device):
+    """results.jsonl's dictionaries, one per seed."""
+    for s, seed in enumerate(seeds):
+        curve = [{"step": c["step"], "loss": c["loss"][s], "accuracy": c["accuracy"][s], "nll": c["nll"][s]} for c in state["curve"]]
+        yield {"method": method_name(method), "seed": seed, "dataset": cfg.dataset, "steps": state["steps"],
+               "batch_size": cfg.batch_size * (2 if "batch2" in method else 1), "accuracy": curve[-1]["accuracy"],
+               "nll": curve[-1]["nll"], "forward_tokens": state["forward_tokens"], "passes": state["passes"],
+               "seconds": round(state["seconds"], 2), "seeds_trained_together": len(seeds), "n_params": state["n_params"],
+               "lr": cfg.lr, "n_layer": cfg.n_layer, "n_head": cfg.n_head, "n_embd": cfg.n_embd,
+               "torch": torch.__version__, "device": device, "curve": curve}  # fmt: skip
+
+
+def write_results(path, new):
+    """Add lines to results.jsonl, in place of older ones of the same run. A torn last line is left out."""
+    same = ("method", "seed", "dataset", "steps", "batch_size", "lr", "n_layer", "n_head", "n_embd")
+    key = lambda line: tuple(line.get(k) for k in same)
+    lines = {}
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            for text in f:
+                try:
+                    line = json.loads(text)
+                    lines[key(line)] = line
+                except (json.JSONDecodeError, AttributeError):
+                    pass
+    lines.update({key(line): line for line in new})
+    text = "".join(json.dumps(line) + "\n" for line in lines.values())
+    write_file(path, lambda f: f.write(text.encode("utf-8")))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What the user sees.
+
+
+class Progress:
+    """One line per evaluation, with the time that all methods together still need."""
+
+    def __init__(self, cfg, methods):
+        steps = lambda m: cfg.steps * (2 if "steps2" in m else 1)
+        cost = lambda m: mdm.n_masks(m) * (2 if "batch2" in m else 1)
+        self.total, self.cost = sum(steps(m) * cost(m) for m in methods), cost
+        self.done, self.began, self.at_start = 0, time.perf_counter(), None
+
+    def start(self, method, state):
+        """A method begins, perhaps part of the way."""
+        self.base = self.done
+        self.done += self.cost(method) * (state["step"] if state else 0)
+        self.skipped = self.done - self.base
+        self.at_start = (self.at_start or 0) + self.skipped
+
+    def line(self, method, seeds, state):
+        self.done = self.base + self.cost(method) * state["step"]
+        elapsed = time.perf_counter() - self.began
+        eta = elapsed * (self.total - self.done) / max(1, self.done - self.at_start)
+        c, few = state["curve"][-1], len(seeds) <= 4
+        accuracy = " ".join(f"{a:.2f}" for a in c["accuracy"]) if few else f"{np.mean(c['accuracy']):.2f} mean of {len(seeds)}"
+        speed = state["forward_tokens"] * len(seeds) / max(1e-9, state["seconds"])
+        print(f"{method_name(method):>14}  step {state['step']:>{len(str(state['steps']))}}/{state['steps']}  loss {np.mean(c['loss']):6.3f}"
+              f"  accuracy {accuracy}  nll {np.mean(c['nll']):.3f}  {speed / 1e3:.0f}k tokens/s  ETA {eta // 60:.0f}:{eta % 60:02.0f}",
+              flush=True)  # fmt: skip
+
+
+def table(results, seeds):
+    """The final table, as text. results {method name: result lines}."""
+    few = len(seeds) <= 4
+    head = [f"seed {s}" for s in seeds] if few else ["solved"]
+    lines = [f"{'method':22} {'passes':>6} " + "".join(f"{h:>11}" for h in head) + f"{'mean':>8}{'SD':>7}{'min':>7}{'max':>7}{'nll':>8}{'Mtokens':>9}{'seconds':>9}"]
+    for name, rows in results.items():
+        a = np.array([r["accuracy"] for r in rows])
+        values = [f"{x:.3f}" for x in a] if few else [f"{(a >= 0.9).sum()}/{len(a)}"]
+        sd = f"{a.std(ddof=1):7.3f}" if len(a) > 1 else f"{'-':>7}"
+        lines.append(f"{name:22} {rows[0]['passes']:>6} " + "".join(f"{v:>11}" for v in values) + f"{a.mean():8.3f}{sd}{a.min():7.3f}{a.max():7.3f}"
+                     f"{np.mean([r['nll'] for r in rows]):8.4f}{rows[0]['forward_tokens'] * len(rows) / 1e6:9.1f}{rows[0]['seconds']:9.1f}")  # fmt: skip
+    lines.append("accuracy: whole response right; nll: nats per response token (MDM: the bound); Mtokens: forwarded in training, all seeds")
+    return "\n".join(lines)
+
+
+def verdict(results, ours="ppots_mirror", base="mdm"):
+    """One sentence on the paper's claim, or None when the methods it is about were not both run."""
+    if ours not in results or base not in results:
+        return None
+    a, b = (np.array([r["accuracy"] for r in results[name]]) for name in (ours, base))
+    text = f"P-POTS+MIRROR minus MDM: {100 * (a.mean() - b.mean()):+.1f} points of accuracy (mean of {len(a)} seeds)"
+    if len(a) > 1:
+        ratio = f"{b.std(ddof=1) / a.std(ddof=1):.1f} times as wide" if a.std() > 0 else "not zero, P-POTS+MIRROR's is" if b.std() > 0 else "zero, as is P-POTS+MIRROR's"
+        text += f"; MDM's spread over seeds is {ratio}"
+    text += f"; its worst seed {'beats' if a.min() > b.max() else 'does not beat'} MDM's best."
+    return text + " It takes two forward passes a step: for controls of the same compute add mdm_batch2,mdm_steps2,multi2 to --method."
+
+
+def run(cfg, methods, seeds):
+    """The comparison: train every method, write everything down, print the table. Returns the exit code."""
+    check(cfg)
+    device = pick_device(cfg.device)
+    try:
+        data = arith.make(cfg.dataset)
+    except ValueError as e:
+        raise UserError(e) from None
+    if "isad" in set().union(*methods):
+        rare_tokens(cfg, data)  # a wrong --isad_tokens should fail now, not after an hour
+    if cfg.variance and frozenset() not in methods:
+        raise UserError("--variance measures at the plain MDM's weights: add mdm to --method")
+    results_path = os.path.join(cfg.out_dir, "results.jsonl")
+    states = {m: resumable(cfg, m, seeds, checkpoint_path(cfg.out_dir, m)) if cfg.resume else None for m in methods}
+    print(f"{cfg.dataset}: {len(data.train)} training problems such as {data.decode(data.train[0])}; seeds {seeds}; "
+          f"{cfg.steps} steps of {cfg.batch_size} on {device} ({torch.get_num_threads()} threads)", flush=True)  # fmt: skip
+
+    interrupted = []
+    ask_to_stop = lambda *_: sys.exit(130) if interrupted else interrupted.append(True)  # a second Ctrl-C does not wait
+    previous = signal.signal(signal.SIGINT, ask_to_stop)
+    progress, results = Progress(cfg, methods), {}
+    try:
+        for method in methods:
+            path, state = checkpoint_path(cfg.out_dir, method), states[method]
+            progress.start(method, state)
+
+            def report(state):
+                content = {"config": dataclasses.asdict(cfg), "method": method_name(method), "seeds": seeds, "state": state}
+                write_file(path, lambda f: torch.save(content, f))
+                if state["curve"] and state["curve"][-1]["step"] == state["step"]:
+                    progress.line(method, seeds, state)
+
+            if not (state and state["done"]):
+                state = train(cfg, method, seeds, data, device, state, report, lambda: bool(interrupted))
+            if not state["done"]:
+                print(f"stopped at step {state['step']} of {state['steps']}, saved in {path}; the same command with --resume goes on from here")
+                return 130
+            results[method_name(method)] = list(result_lines(cfg, method, seeds, state, device))
+            write_results(results_path, results[method_name(method)])
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    print("\n" + table(results, seeds))
+    print("\n" + (verdict(results) or "For the paper's claim run --method=arm,mdm,ppots_mirror."))
+    print(f"Results: {results_path}. Try: python sample.py --out_dir={cfg.out_dir} --method={list(results)[-1]} --seed={seeds[0]}"
+          f" --prompt=\"{data.decode(data.test[0, : data.prompt_len])}\" --show")  # fmt: skip
+    if cfg.variance:
+        measure_variance(cfg, methods, seeds[0], data)
+    return 0
+
+
+VARIANCE_METHODS = "mdm,ppots,mirror,ppots_mirror,multi2,strats,lowdisc,clipped,reclipped,exactk,exactk_strats,exactk_ppots,exactk_mirror,exactk_strats_mirror,exactk_ppots_mirror"
+
+
+def main(argv=None):
+    cfg, methods, seeds = parse_args(argv)
+    try:
+        return run(cfg, methods, seeds)
+    except UserError as e:
+        return fail(e)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
