@@ -223,7 +223,7 @@ def train(cfg, method, seeds, data, device="cpu", state=None, report=None, stop=
     train_x, arm, M = data.train.to(device), "arm" in method, mdm.n_masks(method)
     rare = rare_tokens(cfg, data).to(device) if "isad" in method else None
 
-    state = dict(state or {"step": 0, "curve": [], "seconds": 0.0, "table": None, "theta": None, "ema": None})
+    state = dict(state or {"step": 0, "curve": [], "seconds": 0.0, "pilot_tokens": 0, "table": None, "theta": None, "ema": None})
     if state["step"] > 0:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -237,7 +237,7 @@ def train(cfg, method, seeds, data, device="cpu", state=None, report=None, stop=
     def snapshot(done):
         state.update(step=step, steps=steps, model=model.state_dict(), optimizer=optimizer.state_dict(), table=table,
                      theta=theta, ema=ema, seconds=state["seconds"] + time.perf_counter() - clock, done=done,
-                     forward_tokens=step * B * M * T, passes=M, n_params=sum(p[0].numel() for p in params))  # fmt: skip
+                     forward_tokens=step * B * M * T + state["pilot_tokens"], passes=M, n_params=sum(p[0].numel() for p in params))  # fmt: skip
         if report:
             report(state)
 
@@ -246,7 +246,8 @@ def train(cfg, method, seeds, data, device="cpu", state=None, report=None, stop=
         if i == 0 or step == state["step"]:
             idx, u, r = draw_block(cfg, method, seeds, block, block_steps, B, len(train_x), n, device)
         if "ppots" in method and step % refit_every == 0 and step // refit_every < cfg.ppots_refits:
-            table, theta = refit_ppots(cfg, method, seeds, model, train_x, pos, step, steps * B * M, theta)
+            table, theta, pilot = refit_ppots(cfg, method, seeds, model, train_x, pos, step, steps * B * M, theta)
+            state["pilot_tokens"] += pilot * T
 
         x0 = train_x[idx[i]]  # (S, B, T)
         if arm:
@@ -286,8 +287,8 @@ def clip_per_seed(params, max_norm):
 
 
 def refit_ppots(cfg, method, seeds, model, train_x, pos, step, budget_sequences, theta):
-    """Measure P-POTS' curve again and make its table. The pilot's size follows from its budget: a training step on a
-    sequence counts as three forward passes of it."""
+    """Measure P-POTS' curve again: its table, the EPR parameters, and the forward passes spent per seed. The pilot's size
+    follows from its budget: a training step on a sequence counts as three forward passes of it."""
     n, device = len(pos), train_x.device
     n_counts, K = min(n, 16), 2
     X = max(4, int(cfg.ppots_budget * 3 * budget_sequences / cfg.ppots_refits / (n_counts * K)))
@@ -297,7 +298,7 @@ def refit_ppots(cfg, method, seeds, model, train_x, pos, step, budget_sequences,
     counts, sums = mdm.measure_counts(model, train_x[idx], pos, r)
     theta = None if theta is None else theta.cpu()
     table, theta = mdm.ppots_law(method, counts.cpu(), sums.cpu(), n, cfg.ppots_fit, cfg.eps, theta)
-    return table.float().to(device), theta
+    return table.float().to(device), theta, X * n_counts * K
 
 
 def rare_tokens(cfg, data):
