@@ -484,8 +484,9 @@ def parse_method(name):
 
 
 def method_name(method):
-    """The one spelling of a method: its ingredients in a fixed order; "mdm" when there are none."""
-    return "_".join(w for w in ("arm", *INGREDIENTS) if w in method) or "mdm"
+    """The one spelling of a method: its ingredients in a fixed order, after "mdm" when none of them is an estimator."""
+    words = [] if method - {"batch2", "steps2"} else ["mdm"]
+    return "_".join(words + [w for w in ("arm", *INGREDIENTS) if w in method])
 
 
 def n_masks(method):
