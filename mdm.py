@@ -217,22 +217,26 @@ def ranks(uniforms):
     return uniforms.argsort(-1).argsort(-1)
 
 
+def log_choose(n, k):
+    """log C(n, k) for a tensor k, float64."""
+    k = k.double()
+    return math.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
+
+
 def binomial(t, n):
-    """Bin(k; n, t) for k = 1..n: (len(t), n)."""
-    k = torch.arange(1, n + 1, dtype=t.dtype, device=t.device)
-    log_choose = math.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
-    t = t[:, None]
-    return torch.exp(log_choose + k * t.log() + torch.xlogy(n - k, 1 - t))
+    """Bin(k; n, t) for k = 1..n: (len(t), n), float64."""
+    k, t = torch.arange(1, n + 1, device=t.device), t.double()[:, None]
+    return torch.exp(log_choose(n, k) + k * t.log() + torch.xlogy(n - k, 1 - t))
 
 
 def curves(counts, sums, t, n, eps=1e-3):
-    """g^2 and v of equation (4), averaged over x0, at the rates t (Q,): two tensors (S, Q), both unbiased.
+    """g^2 and v of equation (4), averaged over x0, at the rates t (Q,): two tensors (S, Q), float64, both unbiased.
 
     From the pilot's counts (n_counts,) and sums (S, X, n_counts, K >= 2). It is the mean over x0 of g^2 that counts,
     not the square of the mean (with the latter the data's own spread is lost: a slip in the authors' release).
     """
-    p_mask, sums = rate_to_p_mask(t, eps), sums.to(t.dtype)
-    law = binomial(p_mask, n) @ interpolation(counts, n).to(t.dtype)  # (Q, n_counts)
+    p_mask, sums = rate_to_p_mask(t, eps), sums.double()
+    law = binomial(p_mask, n) @ interpolation(counts, n)  # (Q, n_counts)
     second = sums.square().mean((1, 3)) @ law.T
     g = sums.mean(3) @ law.T  # (S, X, Q); its square is too large by the noise of the K masks: take that out
     g2 = (g.square() - sums.var(3) @ law.square().T / sums.shape[3]).mean(1)
@@ -313,7 +317,7 @@ def ppots_sample(u, table):
 def invert_cdf(u, table):
     """The cell into which u falls, the CDF at its left edge and its mass: three tensors (S, B)."""
     cdf = table.cumsum(-1)
-    cell = torch.searchsorted(cdf, u).clamp(max=table.shape[-1] - 1)
+    cell = torch.searchsorted(cdf, u.contiguous()).clamp(max=table.shape[-1] - 1)
     return cell, (cdf - table).gather(-1, cell), table.gather(-1, cell)
 
 
@@ -403,9 +407,9 @@ def clipped_weights(n, beta=0.3, omega=0.8):
     int_0^1 t^(k-1) (1-t)^(n-k) dt over the mean over [beta, omega] of t^k (1-t)^(n-k), k = |m|.
     """
     x, w = gauss_legendre(n // 2 + 1)  # exact for polynomials of degree n
-    t, k = beta + (omega - beta) * x, torch.arange(n + 1, dtype=torch.float64)
+    t, k = beta + (omega - beta) * x, torch.arange(n + 1)
     here = (t ** k[:, None] * (1 - t) ** (n - k[:, None])) @ w
-    wanted = torch.exp(torch.lgamma(k.clamp(min=1)) + torch.lgamma(n - k + 1) - math.lgamma(n + 1))
+    wanted = 1 / (k.clamp(min=1) * log_choose(n, k).exp())  # at k = 0 there is nothing to weigh
     return wanted / here
 
 
@@ -599,7 +603,7 @@ def law_at(method, u, n, table, eps):
     p, k = p_mask[:, None], all_masks(n).sum(-1)
     P = p**k * (1 - p) ** (n - k)
     if "exactk" in method:
-        P = (k == (n * p).round()) / torch.exp(math.lgamma(n + 1) - torch.lgamma(k + 1.0) - torch.lgamma(n - k + 1.0))
+        P = (k == (n * p).round()) / log_choose(n, k).exp()
     weight = clipped_weights(n)[k] if "reclipped" in method else importance[:, None] / p
     return P.to(u), (weight / n).expand(P.shape), p_mask
 
@@ -612,6 +616,16 @@ def mirror_law(p_mask, n):
     p = p_mask[:, None, None]
     one = k[:, None] + k - 2 * both
     return (2 * p - 1).clamp(min=0) ** both * torch.minimum(p, 1 - p) ** one * (1 - 2 * p).clamp(min=0) ** (n - both - one)
+
+
+def half_rate(method, n, table, eps):
+    """The u (1,) at which p_mask passes 1/2, where MIRROR's law has its corner; by bisection."""
+    low, high = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = rate(method, middle, n, table, eps)[0] < 0.5
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return high[0]
 
 
 def quadrature(cuts):
@@ -638,7 +652,7 @@ def exact_law(method, n, table=None, eps=1e-3, batch_size=64):
     table = None if table is None else table[None]
     strata = n_rate_groups(method, batch_size)
     dyadic = 0.5 ** torch.arange(60, dtype=torch.float64)  # between these even 1/(t + eps) is smooth
-    cuts = torch.cat([torch.arange(strata) / strata, dyadic, edges]).unique()
+    cuts = torch.cat([torch.arange(strata) / strata, dyadic, edges, half_rate(method, n, table, eps)]).unique()
     u, du = quadrature(cuts)
     P, weight, p_mask = law_at(method, u, n, table, eps)
 
@@ -662,7 +676,8 @@ def exact_law(method, n, table=None, eps=1e-3, batch_size=64):
         share = torch.zeros(strata, len(mean), dtype=u.dtype).index_add_(0, (u * strata).long(), first * du[:, None])
         between = strata * share.T @ share - torch.outer(mean, mean)
     if "lowdisc" in method:  # given the offset no rate is random; left over is how the comb's mean moves with it
-        offset, d_offset = quadrature((cuts % (1 / strata)).unique())
+        period = torch.tensor([1 / strata], dtype=u.dtype)
+        offset, d_offset = quadrature(torch.cat([cuts % period, period]).unique())
         comb = (offset[:, None] + torch.arange(strata) / strata).flatten()
         P, weight, _ = law_at(method, comb, n, table, eps)
         comb = (weight * P).view(len(offset), strata, -1).mean(1) - mean
@@ -694,8 +709,8 @@ def grams(model, x0, pos, s=0, chunk=128):
     masks = (torch.ones(1, n) > 0 if causal else all_masks(n)).to(x0.device)
     total, means = [0.0, 0.0], [0.0, 0.0]
     for x in x0:
-        parts = [sample_gradients(model, s, x.expand(len(m), -1), pos, m, torch.full(m.shape, n, device=x.device))
-                 for m in masks.split(chunk)]  # fmt: skip
+        weight = torch.full((1, n), 1.0 if causal else n, device=x.device)  # the ARM's loss is the mean, V_m a sum
+        parts = [sample_gradients(model, s, x.expand(len(m), -1), pos, m, weight.expand(m.shape)) for m in masks.split(chunk)]
         for i, V in enumerate(torch.cat(part) for part in zip(*parts)):
             V = V.double().reshape(len(masks), -1)
             total[i], means[i] = total[i] + V @ V.T / len(x0), means[i] + V / len(x0)
@@ -715,15 +730,19 @@ def exact_variance(law, K, K_mean):
 
 
 def variance_table(rows):
-    """Text of rows {"method", "passes", "loss", "gradient"}, the last two as exact_variance gives them."""
-    base = {row["method"]: row for row in rows}.get("mdm", rows[0])
-    lines = [" " * 33 + "loss".center(40) + "   " + "gradient".center(59)]
-    lines += [f"{'method':24} passes " + " ".join(f"{h:>9}" for h in ["A", "B", "C", "total", " A", "B", "C", "total", "ratio", "x passes"])]
+    """Text of rows {"method", "passes", "loss", "gradient"}, the last two as exact_variance gives them; a row that was
+    sampled has "gradient_error" too."""
+    base = {row["method"]: row for row in rows}.get("mdm", rows[0])["gradient"]["total"]
+    sampled = any("gradient_error" in row for row in rows)
+    parts = ["A", "B", "C", "total"]
+    lines = [f"{'':30}{'loss':^40}  {'gradient':^60}"]
+    lines += [f"{'method':23}passes " + " ".join(f"{h:>9}" for h in [*parts, " " + parts[0], *parts[1:], "ratio", "x passes"] + ["+-"] * sampled)]
     for row in rows:
-        ratio = row["gradient"]["total"] / base["gradient"]["total"]
-        values = [row[of][k] for of in ("loss", "gradient") for k in ("A", "B", "C", "total")] + [ratio, ratio * row["passes"]]
-        lines += [f"{row['method']:24} {row['passes']:^6} " + " ".join(f"{v:9.3g}" for v in values)]
-    return "\n".join(lines)
+        ratio = row["gradient"]["total"] / base
+        values = [row[of][k] for of in ("loss", "gradient") for k in parts] + [ratio, ratio * row["passes"]]
+        values += [row["gradient_error"]["total"] / base] if "gradient_error" in row else []
+        lines += [f"{row['method']:23}{row['passes']:^6} " + " ".join(f"{v:9.3g}" for v in values)]
+    return "\n".join(lines + (["+-: standard error of the ratio, where the row was sampled and not exact"] if sampled else []))
 
 
 def monte_carlo_variance(model, x0, pos, method, generator, table=None, eps=1e-3, is_rare=None, s=0, batch_size=64,
@@ -818,7 +837,7 @@ def nll_masks(n, x, generator, per_count=2, all_up_to=6):
     if n <= all_up_to:
         mask = all_masks(n)[1:].expand(x, -1, -1)
         k = mask.sum(-1)
-        share = torch.exp(torch.lgamma(k + 1.0) + torch.lgamma(n - k + 1.0) - math.lgamma(n + 1)) / n  # 1/(n C(n,k))
+        share = (1 / (n * log_choose(n, k).exp())).float()
     else:
         K = per_count * min(n, 16)
         k = ((torch.arange(K) + 1 - torch.rand(x, K, generator=generator)) / K * n).ceil().long()
@@ -829,7 +848,7 @@ def nll_masks(n, x, generator, per_count=2, all_up_to=6):
 
 def demo():
     """The paper's theory in one table, for an untrained model on toy sequences."""
-    x0 = torch.randint(10, (24, 10), generator=torch.Generator().manual_seed(0))
+    x0 = torch.randint(10, (16, 10), generator=torch.Generator().manual_seed(0))
     x0[:, 6:] = (x0[:, :4] + x0[:, 2:6]) % 10  # six digits, and four sums of them
     pos = torch.arange(6, 10)
     print("Variance of the training loss and of its gradient, untrained model, exact over all masks and rates, per sequence.")
@@ -839,7 +858,7 @@ def demo():
         method, table = parse_method(name), None
         model = GPT(GPTConfig(10, 10, causal=name == "arm"), [torch.Generator().manual_seed(0)])
         if "ppots" in method:
-            r = torch.rand(1, 24, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+            r = torch.rand(1, 16, 4, 4, 4, generator=torch.Generator().manual_seed(1))
             table = ppots_law(method, *measure_counts(model, x0[None], pos, r), n=4)[0][0]
         law = None if name == "arm" else exact_law(method, 4, table)
         loss, gradient = (exact_variance(law, *K) for K in grams(model, x0, pos))

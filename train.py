@@ -473,8 +473,8 @@ def verdict(results, ours="ppots_mirror", base="mdm"):
     a, b = (np.array([r["accuracy"] for r in results[name]]) for name in (ours, base))
     text = f"P-POTS+MIRROR minus MDM: {100 * (a.mean() - b.mean()):+.1f} points of accuracy (mean of {len(a)} seeds)"
     if len(a) > 1:
-        ratio = f"{b.std(ddof=1) / a.std(ddof=1):.1f} times as wide" if a.std() > 0 else "not zero, P-POTS+MIRROR's is" if b.std() > 0 else "zero, as is P-POTS+MIRROR's"
-        text += f"; MDM's spread over seeds is {ratio}"
+        sd_a, sd_b = a.std(ddof=1), b.std(ddof=1)
+        text += f"; spread over seeds (SD) {sd_a:.3f} against MDM's {sd_b:.3f}" + (f", ratio {sd_a / sd_b:.2f}" if sd_b > 0 else "")
     text += f"; its worst seed {'beats' if a.min() > b.max() else 'does not beat'} MDM's best."
     return text + " It takes two forward passes a step: for controls of the same compute add mdm_batch2,mdm_steps2,multi2 to --method."
 
@@ -525,11 +525,72 @@ def run(cfg, methods, seeds):
     print(f"Results: {results_path}. Try: python sample.py --out_dir={cfg.out_dir} --method={list(results)[-1]} --seed={seeds[0]}"
           f" --prompt=\"{data.decode(data.test[0, : data.prompt_len])}\" --show")  # fmt: skip
     if cfg.variance:
-        measure_variance(cfg, methods, seeds[0], data)
+        measure_variance(cfg, methods, seeds[0], data, device)
     return 0
 
 
-VARIANCE_METHODS = "mdm,ppots,mirror,ppots_mirror,multi2,strats,lowdisc,clipped,reclipped,exactk,exactk_strats,exactk_ppots,exactk_mirror,exactk_strats_mirror,exactk_ppots_mirror"
+# Always in the variance table, besides the methods of the run: a frozen model costs little.
+VARIANCE_METHODS = """mdm ppots mirror ppots_mirror mdm_batch2 multi2 strats lowdisc clipped reclipped exactk exactk_strats
+    exactk_ppots exactk_batch2 exactk_mirror exactk_strats_mirror exactk_ppots_mirror""".split()
+EXACT_MAX_N = 8  # response tokens; beyond that 2^n masks of 64 problems take minutes, and sampling takes over
+
+
+def measure_variance(cfg, methods, seed, data, device, n_problems=64):
+    """A, B and C of every method at one frozen model, at initialisation and at the plain MDM's final weights (an ARM at
+    its own), on held-out problems. Prints a table for each and writes OUT_DIR/variance.jsonl."""
+    arm = [frozenset({"arm"})] if frozenset({"arm"}) in methods else []
+    methods = arm + [m for m in dict.fromkeys([*map(parse_method, VARIANCE_METHODS), *methods]) if "arm" not in m]
+    x0, lines = data.test[:n_problems].to(device), []
+    for trained in (False, True):
+        rows, known = [], {}
+        for method in methods:
+            model, pos = build(cfg, method, [seed], data, device)
+            if trained:
+                checkpoint = load_checkpoint(checkpoint_path(cfg.out_dir, method & {"arm"}))
+                s = checkpoint["seeds"].index(seed)
+                model.load_state_dict({k: v[s : s + 1] for k, v in checkpoint["state"]["model"].items()})
+            rows.append(variance_row(cfg, method, model, x0, pos, data, seed, known))
+        where = "the plain MDM's final weights (the ARM at its own)" if trained else "initialisation"
+        print(f"\nVariance per sequence at {where}, seed {seed}; A masking pattern, B masking rate, C data; ratio: to mdm")
+        print(mdm.variance_table(rows), flush=True)
+        lines += [{"at": "end" if trained else "initialisation", "seed": seed, "dataset": cfg.dataset, **row} for row in rows]
+    path = os.path.join(cfg.out_dir, "variance.jsonl")
+    write_file(path, lambda f: f.write("".join(json.dumps(line) + "\n" for line in lines).encode("utf-8")))
+    print(f"Biased methods (isad, syrm, clipped) estimate something else: compare them with care. Written to {path}")
+
+
+def variance_row(cfg, method, model, x0, pos, data, seed, known):
+    """One row for mdm.variance_table. Exact up to EXACT_MAX_N tokens to mask, by sampling (with standard errors) beyond,
+    and for isad. known: the Gram matrices computed so far, by model and positions."""
+    n, batch_size = len(pos), cfg.batch_size * (2 if "batch2" in method else 1)
+    table = None
+    if "ppots" in method:
+        g = stream(seed, "pilot", 2**20, x0.device)  # a block that no training reaches
+        r = torch.rand(1, len(x0), min(n, 16), 4, n, generator=g, device=x0.device)
+        counts, sums = mdm.measure_counts(model, x0[None], pos, r)
+        table = mdm.ppots_law(method, counts.cpu(), sums.cpu(), n, cfg.ppots_fit, cfg.eps)[0]
+    parts, errors = [], []
+    for i, m in enumerate((method, method - {"ema"})):  # of the loss; of the gradient, which ema leaves alone
+        if n <= EXACT_MAX_N and "isad" not in method:
+            if ("arm" in m, n) not in known:
+                known["arm" in m, n] = mdm.grams(model, x0, pos)
+            law = None if "arm" in m else mdm.exact_law(m, n, None if table is None else table[0], cfg.eps, batch_size)
+            parts.append(mdm.exact_variance(law, *known["arm" in m, n][i]))
+        else:
+            rare = torch.isin(x0[:, pos], rare_tokens(cfg, data).to(x0.device)).cpu() if "isad" in m else None
+            law = None if table is None else table.float()
+            sampled = mdm.monte_carlo_variance(model, x0, pos, m, torch.Generator().manual_seed(seed), law, cfg.eps, rare,
+                                               batch_size=batch_size)[i]  # fmt: skip
+            parts.append({k: v[0] for k, v in sampled.items()})
+            errors.append({k: v[1] for k, v in sampled.items()})
+    row = {"method": method_name(method), "passes": mdm.n_masks(method), "loss": parts[0], "gradient": parts[1]}
+    if errors:
+        row.update(loss_error=errors[0], gradient_error=errors[1])
+    if "batch2" in method:  # half the variance a step, at twice the passes
+        row["passes"] *= 2
+        for part in [k for k in row if k.startswith(("loss", "gradient"))]:
+            row[part] = {k: v if k == "mean" else v / 2 for k, v in row[part].items()}
+    return row
 
 
 def main(argv=None):
