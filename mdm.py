@@ -807,7 +807,7 @@ def generate(model, x, pos, steps=None, temperature=0.0, order="confidence", gen
     or "random". steps (default: one token a step) spreads them evenly. Tokens that are given stay as they are, wherever
     they stand. ARM: one token a step, left to right. temperature 0 takes the likeliest token.
     """
-    x, mask_id = x.clone(), model.config.vocab_size
+    mask_id = model.config.vocab_size
     noise = lambda shape: torch.rand(shape, generator=generator, device=x.device).clamp(1e-20)
     steps = len(pos) if model.config.causal or steps is None else min(steps, len(pos))
     for step in range(steps):
@@ -822,8 +822,10 @@ def generate(model, x, pos, steps=None, temperature=0.0, order="confidence", gen
         elif order == "random":
             confidence = noise(confidence.shape)
         confidence = confidence.masked_fill(~masked, -torch.inf)
-        keep = (masked.sum(-1, keepdim=True) / (steps - step)).ceil()  # so that the last step leaves none
-        chosen = masked & (ranks(-confidence) < (keep if not model.config.causal else 1))
+        steps_left = 1 if model.config.causal else steps - step
+        keep = (masked.sum(-1, keepdim=True) / steps_left).ceil()  # so that the last step leaves none
+        chosen = masked & (ranks(-confidence) < keep)
+        x = x.clone()
         x[..., at] = torch.where(chosen, token, x[..., at])
         yield x
 

@@ -1,0 +1,128 @@
+"""The model and generation: what a reader would take for granted, shown."""
+import pytest
+import torch
+
+import mdm
+from mdm import GPT, GPTConfig
+
+V, T = 7, 9
+POS = torch.arange(4, T)
+
+
+def make(causal=False, seeds=(1, 2, 3)):
+    model = GPT(GPTConfig(V, T, n_embd=16, causal=causal), [torch.Generator().manual_seed(s) for s in seeds])
+    with torch.no_grad():  # larger weights, so that what depends on what can be seen
+        for p in model.parameters():
+            p.mul_(5).add_(0.1)
+    return model
+
+
+def test_arm_and_mdm_differ_only_by_causality():
+    arm, model = make(causal=True), make()
+    assert {k: v.shape for k, v in arm.named_parameters()} == {k: v.shape for k, v in model.named_parameters()}
+    assert all(torch.equal(a, b) for a, b in zip(arm.parameters(), model.parameters()))
+    idx = torch.randint(V, (3, 2, T))
+    changed = idx.clone()
+    changed[..., -1] = (changed[..., -1] + 1) % V
+    before = torch.arange(T - 1)
+    assert torch.equal(arm(idx, before), arm(changed, before))  # the future changes nothing
+    assert not torch.allclose(model(idx, before), model(changed, before))  # here it does, at every position
+    assert (model(idx, before) - model(changed, before)).abs().amax((0, 1, 3)).min() > 1e-3
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_asking_for_some_positions_changes_nothing(causal):
+    model, idx = make(causal), torch.randint(V, (3, 2, T))
+    everywhere = model(idx, torch.arange(T))
+    torch.testing.assert_close(model(idx, POS), everywhere[:, :, POS], rtol=1e-5, atol=1e-5)
+
+
+def test_seeds_do_not_touch_each_other():
+    model, idx = make(), torch.randint(V, (3, 2, T))
+    out = model(idx, POS)
+    for s, seed in enumerate((1, 2, 3)):
+        torch.testing.assert_close(make(seeds=[seed])(idx[s : s + 1], POS)[0], out[s], rtol=1e-5, atol=1e-5)
+    out[1].sum().backward()
+    assert all(p.grad[0].abs().max() == 0 == p.grad[2].abs().max() for p in model.parameters())
+
+
+def test_mask_token_can_not_be_predicted():
+    model = make()
+    assert model(torch.full((3, 1, T), V), POS).shape == (3, 1, len(POS), V)
+
+
+def test_token_nll_of_the_arm_is_the_chain_rule():
+    arm, x0 = make(causal=True), torch.randint(V, (3, 2, T))
+    logp = arm(x0, torch.arange(T)).log_softmax(-1)
+    wanted = torch.stack([-logp[:, :, i - 1].gather(-1, x0[:, :, i, None])[..., 0] for i in POS], -1)
+    torch.testing.assert_close(mdm.token_nll(arm, x0, POS), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_sample_gradients_are_autograd():
+    model, x0 = make().double(), torch.randint(V, (3, T))
+    mask, weight = torch.rand(3, 5) < 0.5, torch.rand(3, 5, dtype=torch.float64)
+    loss, grads = mdm.sample_gradients(model, 1, x0, POS, mask, weight)
+    for i in range(3):
+        model.zero_grad()
+        one = lambda z: z[i].expand(3, 1, *z[i].shape)
+        wanted = mdm.mdm_loss(mdm.token_nll(model, one(x0), POS, one(mask)), one(mask), one(weight))[1, 0]
+        wanted.backward()
+        assert loss[i].item() == pytest.approx(wanted.item())
+        torch.testing.assert_close(grads[i], torch.cat([p.grad[1].flatten() for p in model.parameters()]))
+
+
+@pytest.mark.parametrize("steps", [None, 1, 2, 4])
+@pytest.mark.parametrize("order", ["confidence", "left", "random"])
+def test_generate_fills_in_what_is_masked_and_only_that(steps, order):
+    model, x = make(), torch.randint(V, (3, 2, T))
+    x[..., 4:] = V
+    x[0, 0, 6], x[1, 1, 5:] = 3, 2
+    states = list(mdm.generate(model, x, POS, steps, order=order))
+    assert len(states) == (steps or 5)
+    assert (states[-1] < V).all() and torch.equal(states[-1][x < V], x[x < V])
+    if steps is None and order == "left":
+        assert (states[0][2, 0, 4] < V) and (states[0][2, 0, 5:] == V).all()
+
+
+def test_generate_takes_the_surest_token_first():
+    model, x = make(), torch.full((3, 1, T), V)
+    x[..., :4] = torch.randint(V, (3, 1, 4))
+    p = model(x, POS).softmax(-1)
+    first = next(iter(mdm.generate(model, x, POS)))
+    for s in range(3):
+        at = p[s, 0].max(-1).values.argmax()
+        assert (first[s, 0, 4:] < V).nonzero().tolist() == [[at]] and first[s, 0, 4 + at] == p[s, 0, at].argmax()
+
+
+def test_arm_generates_left_to_right():
+    arm, x = make(causal=True), torch.full((3, 2, T), V)
+    x[..., :4] = torch.randint(V, (3, 2, 4))
+    states = list(mdm.generate(arm, x, POS))
+    wanted = x.clone()
+    for i in POS:
+        wanted[..., i] = arm(wanted, torch.arange(T))[:, :, i - 1].argmax(-1)
+        assert torch.equal(states[i - 4], wanted)
+
+
+def test_temperature_samples_the_model():
+    model = make(seeds=[1])
+    x = torch.randint(V, (1, 1, T))
+    x[..., 6] = V
+    p = model(x, torch.tensor([6]))[0, 0, 0].softmax(-1)
+    *_, y = mdm.generate(model, x.expand(1, 20_000, -1), POS, temperature=1.0, generator=torch.Generator().manual_seed(0))
+    share = y[0, :, 6].bincount(minlength=V) / 20_000
+    assert ((share - p).abs() < 4 * (p * (1 - p) / 20_000).sqrt() + 1e-4).all()
+
+
+@pytest.mark.parametrize("n", [4, 6, 7, 20])
+def test_validation_masks_estimate_the_bound(n):
+    """For a loss S_m = f(k) that depends on the mask's size only, the bound is mean_k f(k)/k: short ones are exact."""
+    mask, weight = mdm.nll_masks(n, 2000, torch.Generator().manual_seed(0))
+    k = mask.sum(-1)
+    f = (k.float() + 1).square()
+    per_token = (f[..., None] / k[..., None] * mask * weight / n).sum((1, 2))  # nll_i = f/k for each of the k tokens
+    wanted = sum((j + 1) ** 2 / j for j in range(1, n + 1)) / n
+    error = 1e-5 * wanted if n <= 6 else 4 * per_token.std().item() / 2000**0.5 + 1e-5
+    assert per_token.mean().item() == pytest.approx(wanted, abs=error)
+    if n <= 6:
+        assert per_token.std() < 1e-5
