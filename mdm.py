@@ -7,7 +7,7 @@ draws a masking rate t, hides each of the n response tokens with probability t, 
     L           = E_{x0} E_{t ~ U(0,1)} E_m  l(x0, t, m)      >=  -log p(x0) / n    (an upper bound, per token)  (2)
 
 An autoregressive model (ARM) meets only one kind of luck: which data it sees. An MDM is at the mercy of three,
-and the law of total variance takes them apart ("Bringing Stability to Diffusion", arXiv 2511.18159, section 3):
+and the law of total variance takes them apart ("Bringing Stability to Diffusion", arXiv 2511.18159, "the paper" from here on):
 
     Var(l) =  E_{x0,t} Var_m (l)            A  masking-pattern noise: which tokens were hidden
            +  E_{x0} Var_t (E_m l)          B  masking-rate noise:    how many were hidden
@@ -181,7 +181,7 @@ def rate_to_p_mask(t, eps=1e-3):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 3. P-POTS: the Pareto-optimal t-sampler. Attacks A and B together; one pass; unbiased. (Paper, section 4.1.)
+# 3. P-POTS: the Pareto-optimal t-sampler. Attacks A and B together; one pass; unbiased.
 #
 # Draw t ~ p(t) and multiply the loss by 1/p(t): the mean stays, whatever p > 0 is. The variance becomes
 # int E[l^2|t] / p(t) dt - L^2, and by Cauchy-Schwarz it is least for
@@ -259,8 +259,8 @@ def epr(theta, t):
 
     theta (..., 6) is free; softplus keeps a, b, A, k > 0 and r, q, m > 1 (with A fixed at 1, since only the
     shape matters). Returns log p, not normalised: (..., len(t)).
-    OURS: the family stays finite at t = 0 where the optimum (4) grows like t^(-1/2), so the log(1/eps) of the
-    plain loss survives under it, divided by p(0); fit="grid" is free of it.
+    OURS: the family stays finite at t = 0 where the optimum (4) grows like t^(-1/2), so the log(1/eps) of the plain loss
+    survives under it, if smaller. The measured curve itself (fit="grid") is free of it.
     """
     a, b, k, r, q, m = F.softplus(theta).unsqueeze(-1).unbind(-2)
     log_t, log_1mt = t.log(), (1 - t).log()
@@ -322,7 +322,7 @@ def invert_cdf(u, table):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 4. MIRROR: two masks that make up for each other. Attacks A; TWO passes; unbiased. (Paper, section 4.2.)
+# 4. MIRROR: two masks that make up for each other. Attacks A; TWO passes; unbiased.
 
 
 def bernoulli_masks(r, p_mask):
@@ -455,7 +455,7 @@ INGREDIENTS = {  # name: (attacks, passes, what it does)
     "ema": ("-", 1, "control variate on the reported loss; the gradient is unchanged"),
     "multi2": ("A", 2, "control: the mean of two independent masks"),
     "mirror": ("A", 2, "two negatively correlated masks"),
-    "batch2": ("-", 2, "control: twice the batch"),
+    "batch2": ("A B C", 2, "control: twice the batch"),
     "steps2": ("-", 2, "control: twice the steps"),
 }
 CONFLICTS = [  # each of these groups sets the same thing in different ways
@@ -494,8 +494,13 @@ def method_name(method):
 
 
 def n_masks(method):
-    """M, the masks per sequence and step: the forward passes of the estimator."""
-    return (2 if "multi2" in method else 1) * (2 if "mirror" in method else 1)
+    """M, the masks per sequence and step."""
+    return 2 ** len(method & {"multi2", "mirror"})
+
+
+def n_passes(method):
+    """The compute of a method, as a multiple of the plain one's forward (and backward) passes."""
+    return n_masks(method) * 2 ** len(method & {"batch2", "steps2"})
 
 
 def draw_rates(method, u, shuffle):
@@ -555,7 +560,8 @@ def ppots_law(method, counts, sums, n, fit="epr", eps=1e-3, start=None):
     """From the pilot's counts and sums to the table that draw_masks wants: (table (S, cells), theta or None).
 
     exactk: p_k ~ sqrt(E[S^2 | k]) / k. Otherwise equation (4), through the EPR family (fit="epr") or as it was
-    measured (fit="grid"). start: the previous theta, if any.
+    measured (fit="grid"). start: the previous theta, if any. Beside MIRROR too p is that of the single mask, as in the
+    paper: any p is unbiased, and for the pair it is near the optimum, not quite at it.
     """
     if "exactk" in method:
         second = sums.double().square().mean((1, 3)) @ interpolation(counts, n).T
@@ -589,7 +595,6 @@ class Law:
     given_t: torch.Tensor  # (N, N)
     mean: torch.Tensor  # (N,): the expected weight of each mask; the method is unbiased if these are those of (2)
     between: torch.Tensor  # (N, N): what correlated rates (strats, lowdisc) take off B, as a form in the mean V
-    passes: int
 
 
 def all_masks(n):
@@ -682,20 +687,18 @@ def exact_law(method, n, table=None, eps=1e-3, batch_size=64):
         P, weight, _ = law_at(method, comb, n, table, eps)
         comb = (weight * P).view(len(offset), strata, -1).mean(1) - mean
         between = given_t - torch.outer(mean, mean) - strata**2 * (comb * d_offset[:, None]).T @ comb
-    return Law(second, given_t, mean, between, n_masks(method))
+    return Law(second, given_t, mean, between)
 
 
-def sample_gradients(model, s, x0, pos, mask, weight, grad=True):
+def sample_gradients(model, s, x0, pos, mask, weight):
     """Loss (N,) and gradient (N, P) of each of N samples, x0 (N, T), mask and weight (N, n), for seed s of the model.
 
     The seed axis does the work: N copies of one model, each given one sample, have one gradient each.
     """
-    params = {k: p[s].detach().expand(len(x0), *p[s].shape).requires_grad_(grad) for k, p in model.named_parameters()}
+    params = {k: p[s].detach().expand(len(x0), *p[s].shape).requires_grad_() for k, p in model.named_parameters()}
     net = lambda idx, at: torch.func.functional_call(model, params, (idx, at))
     net.config = model.config
     loss = mdm_loss(token_nll(net, x0[:, None], pos, mask[:, None]), mask[:, None], weight[:, None])[:, 0]
-    if not grad:
-        return loss, None
     return loss.detach(), torch.cat([g.flatten(1) for g in torch.autograd.grad(loss.sum(), list(params.values()))], 1)
 
 

@@ -237,7 +237,7 @@ def train(cfg, method, seeds, data, device="cpu", state=None, report=None, stop=
     def snapshot(done):
         state.update(step=step, steps=steps, model=model.state_dict(), optimizer=optimizer.state_dict(), table=table,
                      theta=theta, ema=ema, seconds=state["seconds"] + time.perf_counter() - clock, done=done,
-                     forward_tokens=step * B * M * T + state["pilot_tokens"], passes=M, n_params=sum(p[0].numel() for p in params))  # fmt: skip
+                     forward_tokens=step * B * M * T + state["pilot_tokens"], n_params=sum(p[0].numel() for p in params))  # fmt: skip
         if report:
             report(state)
 
@@ -395,7 +395,7 @@ def result_lines(cfg, method, seeds, state, device):
         curve = [{"step": c["step"], "loss": c["loss"][s], "accuracy": c["accuracy"][s], "nll": c["nll"][s]} for c in state["curve"]]
         yield {"method": method_name(method), "seed": seed, "dataset": cfg.dataset, "steps": state["steps"],
                "batch_size": cfg.batch_size * (2 if "batch2" in method else 1), "accuracy": curve[-1]["accuracy"],
-               "nll": curve[-1]["nll"], "forward_tokens": state["forward_tokens"], "passes": state["passes"],
+               "nll": curve[-1]["nll"], "forward_tokens": state["forward_tokens"], "passes": mdm.n_passes(method),
                "seconds": round(state["seconds"], 2), "seeds_trained_together": len(seeds), "n_params": state["n_params"],
                "lr": cfg.lr, "n_layer": cfg.n_layer, "n_head": cfg.n_head, "n_embd": cfg.n_embd,
                "torch": torch.__version__, "device": device, "curve": curve}  # fmt: skip
@@ -426,26 +426,18 @@ def write_results(path, new):
 class Progress:
     """One line per evaluation, with the time that all methods together still need."""
 
-    def __init__(self, cfg, methods):
-        steps = lambda m: cfg.steps * (2 if "steps2" in m else 1)
-        cost = lambda m: mdm.n_masks(m) * (2 if "batch2" in m else 1)
-        self.total, self.cost = sum(steps(m) * cost(m) for m in methods), cost
-        self.done, self.began, self.at_start = 0, time.perf_counter(), None
-
-    def start(self, method, state):
-        """A method begins, perhaps part of the way."""
-        self.base = self.done
-        self.done += self.cost(method) * (state["step"] if state else 0)
-        self.skipped = self.done - self.base
-        self.at_start = (self.at_start or 0) + self.skipped
+    def __init__(self, cfg, methods, states):
+        self.work = {m: cfg.steps * mdm.n_passes(m) for m in methods}  # in forward passes of one plain batch
+        self.done = {m: self.work[m] * states[m]["step"] / states[m]["steps"] if states[m] else 0 for m in methods}
+        self.before, self.began = sum(self.done.values()), time.perf_counter()
 
     def line(self, method, seeds, state):
-        self.done = self.base + self.cost(method) * state["step"]
-        elapsed = time.perf_counter() - self.began
-        eta = elapsed * (self.total - self.done) / max(1, self.done - self.at_start)
+        self.done[method] = self.work[method] * state["step"] / state["steps"]
+        done, elapsed = sum(self.done.values()), time.perf_counter() - self.began
+        eta = elapsed * (sum(self.work.values()) - done) / (done - self.before)
         c, few = state["curve"][-1], len(seeds) <= 4
-        accuracy = " ".join(f"{a:.2f}" for a in c["accuracy"]) if few else f"{np.mean(c['accuracy']):.2f} mean of {len(seeds)}"
-        speed = state["forward_tokens"] * len(seeds) / max(1e-9, state["seconds"])
+        accuracy = " ".join(f"{a:.2f}" for a in c["accuracy"]) if few else f"{np.mean(c['accuracy']):.2f} (mean of {len(seeds)})"
+        speed = state["forward_tokens"] * len(seeds) / state["seconds"]
         print(f"{method_name(method):>14}  step {state['step']:>{len(str(state['steps']))}}/{state['steps']}  loss {np.mean(c['loss']):6.3f}"
               f"  accuracy {accuracy}  nll {np.mean(c['nll']):.3f}  {speed / 1e3:.0f}k tokens/s  ETA {eta // 60:.0f}:{eta % 60:02.0f}",
               flush=True)  # fmt: skip
@@ -499,11 +491,10 @@ def run(cfg, methods, seeds):
     interrupted = []
     ask_to_stop = lambda *_: sys.exit(130) if interrupted else interrupted.append(True)  # a second Ctrl-C does not wait
     previous = signal.signal(signal.SIGINT, ask_to_stop)
-    progress, results = Progress(cfg, methods), {}
+    progress, results = Progress(cfg, methods, states), {}
     try:
         for method in methods:
             path, state = checkpoint_path(cfg.out_dir, method), states[method]
-            progress.start(method, state)
 
             def report(state):
                 content = {"config": dataclasses.asdict(cfg), "method": method_name(method), "seeds": seeds, "state": state}
@@ -583,11 +574,10 @@ def variance_row(cfg, method, model, x0, pos, data, seed, known):
                                                batch_size=batch_size)[i]  # fmt: skip
             parts.append({k: v[0] for k, v in sampled.items()})
             errors.append({k: v[1] for k, v in sampled.items()})
-    row = {"method": method_name(method), "passes": mdm.n_masks(method), "loss": parts[0], "gradient": parts[1]}
+    row = {"method": method_name(method), "passes": mdm.n_passes(method - {"steps2"}), "loss": parts[0], "gradient": parts[1]}
     if errors:
         row.update(loss_error=errors[0], gradient_error=errors[1])
-    if "batch2" in method:  # half the variance a step, at twice the passes
-        row["passes"] *= 2
+    if "batch2" in method:  # half the variance of a step, at twice the passes
         for part in [k for k in row if k.startswith(("loss", "gradient"))]:
             row[part] = {k: v if k == "mean" else v / 2 for k, v in row[part].items()}
     return row
