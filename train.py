@@ -6,6 +6,7 @@
     python train.py --n_seeds=32 --out_dir=out32           thirty-two seeds, trained as one batch
     python train.py --resume                               go on where a stopped run was
     python train.py --variance                             and measure the variance of each method, exactly
+    torchrun --nproc_per_node=2 train.py --n_seeds=32      share the seeds over processes, GPUs or machines
 
 All seeds of a method train at once, along the leading axis of every parameter. Each seed has private random streams,
 so its result depends neither on the other seeds nor on the other methods. Results go to OUT_DIR/results.jsonl, one
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 import mdm
 from data import arith
@@ -100,7 +102,8 @@ def parse_args(argv=None):
 
 
 def fail(message):
-    print(f"error: {message}", file=sys.stderr)
+    if RANK == 0:
+        print(f"error: {message}", file=sys.stderr)
     return 2
 
 
@@ -154,6 +157,8 @@ def check(cfg):
 
 def pick_device(name):
     if name == "auto":
+        if torch.cuda.is_available() and WORLD_SIZE > 1:
+            return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.zeros(1, device=name)
@@ -208,8 +213,8 @@ def train(cfg, method, seeds, data, device="cpu", state=None, report=None, stop=
     """Train one method for all seeds at once. A plain function of its arguments: it prints and writes nothing.
 
     cfg: Config; method: from parse_method; seeds: list of int; data: from data.arith.make; state: a dictionary from an
-    earlier call, to go on from; report(state): called after every evaluation, and at the end; stop(): asked after every
-    step, True ends the training there (report is called, and the state can be continued).
+    earlier call, to go on from; report(state): called after every evaluation, True ends the training there; stop(): asked
+    after every step, True ends it as well (report is called first). A state that was not "done" can be continued.
     Returns the state: "step", "steps", "model", "optimizer", "curve" [{"step", "loss", "accuracy", "nll"}, with one
     value per seed], "seconds", "forward_tokens", "n_params", "done", and what P-POTS and EMA remember.
     """
@@ -238,8 +243,7 @@ def train(cfg, method, seeds, data, device="cpu", state=None, report=None, stop=
         state.update(step=step, steps=steps, model=model.state_dict(), optimizer=optimizer.state_dict(), table=table,
                      theta=theta, ema=ema, seconds=state["seconds"] + time.perf_counter() - clock, done=done,
                      forward_tokens=step * B * M * T + state["pilot_tokens"], n_params=sum(p[0].numel() for p in params))  # fmt: skip
-        if report:
-            report(state)
+        return report(state) if report else False
 
     for step in range(state["step"], steps):
         block, i = divmod(step, block_steps)
@@ -270,8 +274,10 @@ def train(cfg, method, seeds, data, device="cpu", state=None, report=None, stop=
         if step % cfg.eval_every == 0 or step == steps:
             accuracy, nll = evaluate(model, data, n_nll=len(data.test) if step == steps else 128)
             state["curve"].append({"step": step, "loss": (loss_sum / loss_steps).tolist(), "accuracy": accuracy, "nll": nll})
-            snapshot(done=step == steps)
+            ended = snapshot(done=step == steps)
             loss_sum, loss_steps, clock = torch.zeros_like(loss_sum), 0, time.perf_counter()
+            if ended:
+                break
         if stop and stop() and step < steps:
             snapshot(done=False)
             break
@@ -420,7 +426,51 @@ def write_results(path, new):
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# Many processes (torchrun): each trains a share of the seeds on a device of its own. Nothing is exchanged during training;
+# at every evaluation the shares are joined in process 0, which alone prints and writes.
+
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def by_seed(f, *trees):
+    """Apply f to the leaves of training states that have one entry per seed: tensors, and the curve's lists of floats."""
+    t = trees[0]
+    if isinstance(t, dict):
+        return {k: by_seed(f, *(tree[k] for tree in trees)) for k in t}
+    if isinstance(t, torch.Tensor) and t.dim() > 0 or isinstance(t, list) and t and isinstance(t[0], float):
+        return f(*trees)
+    if isinstance(t, list):
+        return [by_seed(f, *parts) for parts in zip(*trees)]
+    return t
+
+
+def share_of(state, start, stop):
+    """The part of a state that belongs to seeds start to stop."""
+    return by_seed(lambda x: x[start:stop], state)
+
+
+def join(states):
+    """The state of all seeds, from the states of consecutive shares of them."""
+    return by_seed(lambda *xs: torch.cat([x.cpu() for x in xs]) if isinstance(xs[0], torch.Tensor) else sum(xs, []), *states)
+
+
+def gather(state, stop):
+    """In process 0 the joined state, elsewhere None; and whether any process wants to stop."""
+    if WORLD_SIZE == 1:
+        return state, stop
+    states, stops = [None] * WORLD_SIZE, [None] * WORLD_SIZE
+    dist.gather_object(by_seed(lambda x: x.cpu() if isinstance(x, torch.Tensor) else x, state), states if RANK == 0 else None)
+    dist.all_gather_object(stops, stop)
+    return join(states) if RANK == 0 else None, any(stops)
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # What the user sees.
+
+
+def say(*text):
+    if RANK == 0:
+        print(*text, flush=True)
 
 
 class Progress:
@@ -438,9 +488,8 @@ class Progress:
         c, few = state["curve"][-1], len(seeds) <= 4
         accuracy = " ".join(f"{a:.2f}" for a in c["accuracy"]) if few else f"{np.mean(c['accuracy']):.2f} (mean of {len(seeds)})"
         speed = state["forward_tokens"] * len(seeds) / state["seconds"]
-        print(f"{method_name(method):>14}  step {state['step']:>{len(str(state['steps']))}}/{state['steps']}  loss {np.mean(c['loss']):6.3f}"
-              f"  accuracy {accuracy}  nll {np.mean(c['nll']):.3f}  {speed / 1e3:.0f}k tokens/s  ETA {eta // 60:.0f}:{eta % 60:02.0f}",
-              flush=True)  # fmt: skip
+        return (f"{method_name(method):>14}  step {state['step']:>{len(str(state['steps']))}}/{state['steps']}  loss {np.mean(c['loss']):6.3f}"
+                f"  accuracy {accuracy}  nll {np.mean(c['nll']):.3f}  {speed / 1e3:.0f}k tokens/s  ETA {eta // 60:.0f}:{eta % 60:02.0f}")  # fmt: skip
 
 
 def table(results, seeds):
@@ -483,38 +532,53 @@ def run(cfg, methods, seeds):
         rare_tokens(cfg, data)  # a wrong --isad_tokens should fail now, not after an hour
     if cfg.variance and frozenset() not in methods:
         raise UserError("--variance measures at the plain MDM's weights: add mdm to --method")
+    if len(seeds) < WORLD_SIZE:
+        raise UserError(f"{WORLD_SIZE} processes for {len(seeds)} seeds: start at most one process per seed")
     results_path = os.path.join(cfg.out_dir, "results.jsonl")
     states = {m: resumable(cfg, m, seeds, checkpoint_path(cfg.out_dir, m)) if cfg.resume else None for m in methods}
-    print(f"{cfg.dataset}: {len(data.train)} training problems such as {data.decode(data.train[0])}; seeds {seeds}; "
-          f"{cfg.steps} steps of {cfg.batch_size} on {device} ({torch.get_num_threads()} threads)", flush=True)  # fmt: skip
+    say(f"{cfg.dataset}: {len(data.train)} training problems such as {data.decode(data.train[0])}; seeds {seeds}; {cfg.steps} steps of "
+        f"{cfg.batch_size} on {device} ({WORLD_SIZE} {'process' if WORLD_SIZE == 1 else 'processes'}, {torch.get_num_threads()} threads)")  # fmt: skip
 
     interrupted = []
     ask_to_stop = lambda *_: sys.exit(130) if interrupted else interrupted.append(True)  # a second Ctrl-C does not wait
     previous = signal.signal(signal.SIGINT, ask_to_stop)
     progress, results = Progress(cfg, methods, states), {}
+    share = np.array_split(np.arange(len(seeds)), WORLD_SIZE)[RANK]
+    start, end = int(share[0]), int(share[-1]) + 1
     try:
         for method in methods:
-            path, state = checkpoint_path(cfg.out_dir, method), states[method]
+            path, whole = checkpoint_path(cfg.out_dir, method), states[method]
 
             def report(state):
-                content = {"config": dataclasses.asdict(cfg), "method": method_name(method), "seeds": seeds, "state": state}
-                write_file(path, lambda f: torch.save(content, f))
-                if state["curve"] and state["curve"][-1]["step"] == state["step"]:
-                    progress.line(method, seeds, state)
+                nonlocal whole
+                whole, stop = gather(state, bool(interrupted))
+                if RANK == 0:
+                    content = {"config": dataclasses.asdict(cfg), "method": method_name(method), "seeds": seeds, "state": whole}
+                    write_file(path, lambda f: torch.save(content, f))
+                    if whole["curve"] and whole["curve"][-1]["step"] == whole["step"]:
+                        say(progress.line(method, seeds, whole))
+                return stop
 
-            if not (state and state["done"]):
-                state = train(cfg, method, seeds, data, device, state, report, lambda: bool(interrupted))
-            if not state["done"]:
-                print(f"stopped at step {state['step']} of {state['steps']}, saved in {path}; the same command with --resume goes on from here")
-                return 130
-            results[method_name(method)] = list(result_lines(cfg, method, seeds, state, device))
-            write_results(results_path, results[method_name(method)])
+            if not (whole and whole["done"]):
+                state = whole and share_of(whole, start, end)
+                # processes must stop together, so with several of them only where they meet: at evaluations
+                stop = (lambda: bool(interrupted)) if WORLD_SIZE == 1 else None
+                state = train(cfg, method, seeds[start:end], data, device, state, report, stop)
+                if not state["done"]:
+                    say(f"stopped at step {state['step']} of {state['steps']}, saved in {path}; "
+                        "the same command with --resume goes on from here")  # fmt: skip
+                    return 130
+            if RANK == 0:
+                results[method_name(method)] = list(result_lines(cfg, method, seeds, whole, device))
+                write_results(results_path, results[method_name(method)])
     finally:
         signal.signal(signal.SIGINT, previous)
-    print("\n" + table(results, seeds))
-    print("\n" + (verdict(results) or "For the paper's claim run --method=arm,mdm,ppots_mirror."))
-    print(f"Results: {results_path}. Try: python sample.py --out_dir={cfg.out_dir} --method={list(results)[-1]} --seed={seeds[0]}"
-          f" --prompt=\"{data.decode(data.test[0, : data.prompt_len])}\" --show")  # fmt: skip
+    if RANK > 0:
+        return 0
+    say("\n" + table(results, seeds))
+    say("\n" + (verdict(results) or "For the paper's claim run --method=arm,mdm,ppots_mirror."))
+    say(f"Results: {results_path}. Try: python sample.py --out_dir={cfg.out_dir} --method={list(results)[-1]} --seed={seeds[0]}"
+        f" --prompt=\"{data.decode(data.test[0, : data.prompt_len])}\" --show")  # fmt: skip
     if cfg.variance:
         measure_variance(cfg, methods, seeds[0], data, device)
     return 0
@@ -586,9 +650,14 @@ def variance_row(cfg, method, model, x0, pos, data, seed, known):
 def main(argv=None):
     cfg, methods, seeds = parse_args(argv)
     try:
+        if WORLD_SIZE > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         return run(cfg, methods, seeds)
     except UserError as e:
         return fail(e)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -287,3 +287,28 @@ def test_mdm_py_stands_alone(tmp_path):
     (tmp_path / "mdm.py").write_text((ROOT / "mdm.py").read_text("utf-8"), encoding="utf-8")
     out = subprocess.run([sys.executable, "mdm.py"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert all(word in out for word in ("ppots_mirror", "exactk_mirror", "gradient", "arm"))
+
+
+def test_two_processes_are_one(tmp_path):
+    """torchrun with 2 processes: the same seeds, the same numbers, one results file and one checkpoint, resumable by one."""
+    flags = [*FLAGS, "--method=ppots_mirror,ema", "--n_seeds=3"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", ROOT / "train.py", *flags]
+    subprocess.run([*torchrun, f"--out_dir={tmp_path / 'two'}"], check=True, capture_output=True, timeout=120)
+    assert train.main([*flags, f"--out_dir={tmp_path / 'one'}"]) == 0
+    two, one = ([json.loads(x) for x in (tmp_path / d / "results.jsonl").read_text("utf-8").splitlines()] for d in ("two", "one"))
+    assert [x["seed"] for x in two] == train.PAPER_SEEDS * 2
+    for a, b in zip(two, one):
+        assert a["forward_tokens"] == b["forward_tokens"] and a["method"] == b["method"]
+        for c, d in zip(a["curve"], b["curve"]):
+            assert c == pytest.approx(d, rel=1e-4)
+    assert train.main([*flags, f"--out_dir={tmp_path / 'two'}", "--resume"]) == 0
+
+
+def test_states_are_shared_out_and_joined(data):
+    state = go(data, "ppots", seeds=[1, 2, 3])
+    back = train.join([train.share_of(state, 0, 2), train.share_of(state, 2, 3)])
+    assert same(back, state) and back["curve"] == state["curve"] and torch.equal(back["theta"], state["theta"])
+    assert back["optimizer"]["param_groups"] == state["optimizer"]["param_groups"] and back["step"] == state["step"]
+    one = train.share_of(state, 1, 2)
+    assert torch.equal(one["optimizer"]["state"][0]["exp_avg"][0], state["optimizer"]["state"][0]["exp_avg"][1])
+    assert one["curve"][-1]["nll"] == state["curve"][-1]["nll"][1:2]
