@@ -571,7 +571,7 @@ def ppots_law(method, counts, sums, n, fit="epr", eps=1e-3, start=None):
         return ppots_table(sum(curves(counts, sums, cell_rates(sums.device), n, eps)).sqrt()), None
     t = torch.arange(1, 64, dtype=torch.float64, device=sums.device) / 64
     w = sum(curves(counts, sums, t, n, eps)).sqrt()
-    theta = fit_epr(t, w) if start is None else fit_epr(t, w, start, n_starts=3, n_steps=100)
+    theta = fit_epr(t, w) if start is None else fit_epr(t, w, start, n_starts=3, n_steps=60)
     return ppots_table(epr(theta, cell_rates(sums.device)).softmax(-1)), theta
 
 

@@ -62,7 +62,7 @@ class Config:
     # the methods' own
     ppots_fit: str = opt("epr", "P-POTS: epr, the paper's fitted family, or grid, the measured curve itself")
     ppots_refits: int = opt(10, "P-POTS: how often the curve is measured; from scratch it moves, so once is not enough")
-    ppots_budget: float = opt(0.02, "P-POTS: share of the training's forward passes that measuring it may cost")
+    ppots_budget: float = opt(0.01, "P-POTS: share of the training's arithmetic that measuring it may cost")
     isad_tokens: str = opt("", "ISAD: its rare tokens, as one string (default: separators in the response, else its 2 rarest)")
     # evaluation, files, machine
     eval_every: int = opt(250, "steps between evaluations, progress lines and checkpoints")
@@ -388,7 +388,8 @@ def resumable(cfg, method, seeds, path):
         return None
     checkpoint = load_checkpoint(path)
     ours, theirs = dataclasses.asdict(cfg), checkpoint["config"]
-    differ = [f"--{k}={theirs.get(k)}" for k in ours if k not in NOT_TRAINING and ours[k] != theirs.get(k)]
+    others = {k for k in ours if k.startswith(("ppots", "isad")) and k.split("_")[0] not in method}  # of no concern here
+    differ = [f"--{k}={theirs.get(k)}" for k in ours if k not in NOT_TRAINING | others and ours[k] != theirs.get(k)]
     differ += [f"--seeds={','.join(map(str, checkpoint['seeds']))}"] if checkpoint["seeds"] != seeds else []
     if differ:
         raise UserError(f"{path} was trained with {' '.join(differ)}: use these, or another --out_dir, or leave out --resume")

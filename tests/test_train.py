@@ -129,7 +129,7 @@ def test_accuracy_counts_whole_responses(data):
 def test_ppots_law_is_refitted_and_costs_little(data):
     state = go(data, "ppots", steps=400, eval_every=400, ppots_refits=4, batch_size=16)
     pilot = state["forward_tokens"] - 400 * 16 * data.train.shape[1]
-    assert 0 < pilot <= 0.02 * 3 * 400 * 16 * data.train.shape[1]
+    assert 0 < pilot <= 0.01 * 3 * 400 * 16 * data.train.shape[1]
     assert not torch.equal(state["table"], go(data, "ppots", steps=100, eval_every=100, ppots_refits=1, batch_size=16)["table"])
     torch.testing.assert_close(state["table"].sum(-1), torch.ones(2))
 
@@ -237,6 +237,7 @@ def test_resume_refuses_another_run(tmp_path, capsys):
     assert train.main(flags) == 0
     assert "--n_embd=16" in refused(capsys, train.main, [*flags, "--n_embd=32", "--resume"])
     assert "--seeds=1" in refused(capsys, train.main, [*flags, "--seeds=2", "--resume"])
+    assert train.main([*flags, "--ppots_fit=grid", "--resume"]) == 0  # no concern of this method's
     assert train.main([*flags, "--resume"]) == 0
 
 

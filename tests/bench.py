@@ -1,0 +1,213 @@
+"""Where the time goes, as ratios measured side by side in one run. Not a test.
+
+    python tests/bench.py                            seeds, methods, parts of a step
+    python tests/bench.py --nanogpt=../nanoGPT       beside nanoGPT's own model and loop, from a clone of yours
+    python tests/bench.py --scaling                  time and memory against seeds, n, T and n_embd
+
+Every figure is a median over --repeats rounds in which all the things compared take turns, after a warm-up.
+"""
+import argparse
+import importlib.util
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import mdm
+import train
+from data import arith
+
+
+def clock(device):
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def step_times(cfg, method, n_seeds, data, device, n=12, warm_up=4):
+    """Seconds per step of train.train itself (its stop() is called after every step), the P-POTS refits left out."""
+    times = []
+
+    def stop():
+        times.append(clock(device))
+        return len(times) == n + warm_up
+
+    train.train(cfg, mdm.parse_method(method), list(range(n_seeds)), data, device, stop=stop)
+    return [b - a for a, b in zip(times[warm_up:], times[warm_up + 1 :])]
+
+
+def timed(f, device, n=5):
+    f()
+    times = []
+    for _ in range(n):
+        began = clock(device)
+        f()
+        times.append(clock(device) - began)
+    return statistics.median(times)
+
+
+def nanogpt_step(path, cfg, data, device):
+    """One step of nanoGPT's loop (its model, AdamW, clipping, data from memory), float32, at our shape: a function."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(path) / "model.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    T = data.train.shape[1] - 1
+    model = module.GPT(module.GPTConfig(block_size=T, vocab_size=len(data.chars), n_layer=cfg.n_layer, n_head=cfg.n_head,
+                                        n_embd=cfg.n_embd, dropout=0.0, bias=True)).to(device)  # fmt: skip
+    optimizer = model.configure_optimizers(cfg.weight_decay, cfg.lr, train.BETAS, device.split(":")[0])
+    train_x = data.train.to(device)
+
+    def step():
+        x = train_x[torch.randint(len(train_x), (cfg.batch_size,), device=device)]
+        _, loss = model(x[:, :-1].contiguous(), x[:, 1:].contiguous())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def seeds_and_methods(cfg, data, device, repeats, counts, methods, nanogpt):
+    reference = nanogpt and nanogpt_step(nanogpt, cfg, data, device)
+    times = {}
+    for _ in range(repeats):
+        if reference:
+            [reference() for _ in range(3)]
+            began = clock(device)
+            [reference() for _ in range(30)]
+            times.setdefault("nanogpt", []).append((clock(device) - began) / 30)
+        for S in counts:
+            for method in methods:
+                times.setdefault((method, S), []).extend(step_times(cfg, method, S, data, device))
+    ms = {k: 1e3 * statistics.median(v) for k, v in times.items()}
+    T = data.train.shape[1]
+    print(f"\n{'method':14}{'seeds':>6}{'ms/step':>9}{'per seed':>9}{'seq/s/seed':>11}{'seq/s':>9}{'tokens/s':>10}{'x 1 seed':>9}" + ("  x nanoGPT" if reference else ""))
+    for method in methods:
+        for S in counts:
+            t = ms[method, S]
+            total = S * cfg.batch_size * mdm.n_masks(mdm.parse_method(method)) / t * 1e3
+            row = f"{method:14}{S:6}{t:9.2f}{t / S:9.2f}{total / S:11.0f}{total:9.0f}{total * T:10.0f}{t / ms[method, counts[0]]:9.2f}"
+            print(row + (f"{ms['nanogpt'] * S / t:11.2f}" if reference else ""))
+    print("ms/step: all seeds together, without P-POTS' refits; seq/s counts every forward pass; x 1 seed: the step's time over that of one seed")
+    if reference:
+        print(f"nanoGPT's own loop: {ms['nanogpt']:.2f} ms/step; x nanoGPT: our steps per second, all seeds together, over its")
+
+
+def parts_of_a_step(cfg, data, device, S, repeats):
+    """The share of each part of a P-POTS+MIRROR step, and of what happens between the steps."""
+    method, seeds = mdm.parse_method("ppots_mirror"), list(range(S))
+    model, pos = train.build(cfg, method, seeds, data, device)
+    params, train_x, n, K = list(model.parameters()), data.train.to(device), len(pos), 64
+    optimizer = torch.optim.AdamW(params, lr=1e-4, betas=train.BETAS, fused=device.startswith(("cpu", "cuda")))
+    refit = lambda: train.refit_ppots(cfg, method, seeds, model, train_x, pos, 0, cfg.steps * cfg.batch_size * 2, theta)
+    theta = None
+    table, theta, _ = refit()
+    block = lambda: train.draw_block(cfg, method, seeds, 0, K, cfg.batch_size, len(train_x), n, device)
+    idx, u, r = block()
+    spent = {}
+    for i in range(repeats * 10):
+        marks = [clock(device)]
+        x0 = train_x[idx[i % K]]
+        marks.append(clock(device))
+        mask, weight = mdm.draw_masks(method, u[i % K], r[i % K], table, cfg.eps)
+        marks.append(clock(device))
+        loss = mdm.method_loss(model, x0, pos, mask, weight).mean(-1).sum()
+        marks.append(clock(device))
+        optimizer.zero_grad()
+        loss.backward()
+        marks.append(clock(device))
+        train.clip_per_seed(params, cfg.grad_clip)
+        optimizer.step()
+        marks.append(clock(device))
+        for name, a, b in zip(("data", "masks", "forward", "backward", "clip and optimizer"), marks, marks[1:]):
+            spent.setdefault(name, []).append(b - a)
+    ms = {k: 1e3 * statistics.median(v) for k, v in spent.items()}
+    ms["random numbers"] = 1e3 * timed(block, device) / K
+    ms["curve estimation"] = 1e3 * timed(refit, device) * cfg.ppots_refits / cfg.steps
+    ms["evaluation"] = 1e3 * timed(lambda: train.evaluate(model, data, 128), device, 3) / cfg.eval_every
+    total = sum(ms.values())
+    print(f"\nOne step of ppots_mirror, {S} seeds, what happens once in many steps spread over them: {total:.2f} ms")
+    for name, t in ms.items():
+        print(f"  {name:20}{t:8.3f} ms {100 * t / total:6.1f} %")
+    # multiply-adds of the linear layers, three times for forward and backward; the last block only where it is asked for
+    C, T, L = cfg.n_embd, data.train.shape[1], cfg.n_layer
+    per_sequence = (12 * C * C * (L - 1) + 2 * C * C) * T + (10 * C * C + C * len(data.chars)) * n
+    flops = 6 * per_sequence * 2 * cfg.batch_size * S
+    a = torch.randn(1024, 1024, device=device)
+    peak = 2 * 1024**3 / timed(lambda: a @ a, device, 20)
+    print(f"  arithmetic of the linear layers {flops / 1e9:.2f} GFLOP a step: {flops / (total * 1e-3) / 1e9:.0f} GFLOP/s, "
+          f"{100 * flops / (total * 1e-3) / peak:.0f} % of the {peak / 1e9:.0f} GFLOP/s of a 1024 x 1024 float32 product here")  # fmt: skip
+    base = sum(v for k, v in ms.items() if k not in ("curve estimation", "evaluation"))
+    print(f"  P-POTS' curve estimation over the step without it: {1 + ms['curve estimation'] / base:.4f}")
+
+
+def overheads(cfg, data, device, S, repeats):
+    """Is the method free? Pairs of methods of the same forward tokens, taking turns; refits included."""
+    train_x = data.train.to(device)
+    pairs = [("ppots", "mdm"), ("ppots_mirror", "multi2"), ("exactk", "mdm"), ("exactk_strats_mirror", "multi2"), ("mirror", "mdm_batch2")]
+    print(f"\n{'method':22}{'against':14}time ratio at equal forward tokens, {S} seeds, P-POTS' refits included (median of {repeats} pairs, least, most)")
+    for method, other in pairs:
+        ratios = []
+        for _ in range(repeats):
+            t = [statistics.median(step_times(cfg, m, S, data, device, n=20)) for m in (method, other)]
+            if "ppots" in method:
+                m = mdm.parse_method(method)
+                model, pos = train.build(cfg, m, list(range(S)), data, device)
+                refit = lambda theta: train.refit_ppots(cfg, m, list(range(S)), model, train_x, pos, 0, cfg.steps * cfg.batch_size * mdm.n_masks(m), theta)
+                began = clock(device)
+                theta = refit(None)[1]
+                first = clock(device) - began
+                t[0] += (first + (cfg.ppots_refits - 1) * timed(lambda: refit(theta), device, 1)) / cfg.steps
+            ratios.append(t[0] / t[1])
+        print(f"{method:22}{other:14}{statistics.median(ratios):.3f}   ({min(ratios):.3f}, {max(ratios):.3f})")
+
+
+def scaling(device):
+    """Time of a P-POTS+MIRROR step, and bytes of parameters, gradients and optimizer, at four sizes of everything."""
+    base = dict(dataset="sum4", n_embd=64, batch_size=64, seeds=2)
+    print(f"\n{'what':22}" + "".join(f"{'value':>8}{'ms/step':>9}{'MB':>8}" for _ in range(4)))
+    for what, values in [("seeds", (1, 2, 4, 8)), ("n_embd", (32, 64, 128, 256)), ("batch_size", (32, 64, 128, 256)),
+                         ("T = 2n + 1 (sumN)", ("sum4", "sum5", "sum6", "sum8"))]:  # fmt: skip
+        row = f"{what:22}"
+        for value in values:
+            s = {**base, (what if what in base else "dataset"): value}
+            cfg = train.Config(dataset=s["dataset"], n_embd=s["n_embd"], batch_size=s["batch_size"], steps=1000)
+            data = arith.make(cfg.dataset)
+            if device.startswith("cuda"):
+                torch.cuda.reset_peak_memory_stats()
+            ms = 1e3 * statistics.median(step_times(cfg, "ppots_mirror", s["seeds"], data, device, n=20))
+            model, _ = train.build(cfg, frozenset(), list(range(s["seeds"])), data, device)
+            memory = torch.cuda.max_memory_allocated() if device.startswith("cuda") else 16 * sum(p.numel() for p in model.parameters())
+            row += f"{value:>8}{ms:9.2f}{memory / 1e6:8.2f}"
+        print(row)
+    print("MB: " + ("the most allocated" if device.startswith("cuda") else "parameters, gradients and AdamW's two moments; activations come on top"))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", default="1,2,4,8,16,32", help="numbers of seeds [1,2,4,8,16,32]")
+    parser.add_argument("--methods", default="arm,mdm,ppots,ppots_mirror", help="[arm,mdm,ppots,ppots_mirror]")
+    parser.add_argument("--dataset", default="add3", help="[add3]")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds [5]")
+    parser.add_argument("--nanogpt", help="a clone of nanoGPT to measure beside")
+    parser.add_argument("--scaling", action="store_true", help="only time and memory at four sizes of everything")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, auto [auto]")
+    args = parser.parse_args()
+    device = train.pick_device(args.device)
+    cfg = train.Config(dataset=args.dataset, eval_every=250)
+    data = arith.make(cfg.dataset)
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
+    print(f"{cfg.dataset}, {cfg.n_layer} layers of {cfg.n_embd}, batch {cfg.batch_size}, torch {torch.__version__}, {name}")
+    if args.scaling:
+        return scaling(device)
+    seeds_and_methods(cfg, data, device, args.repeats, [int(s) for s in args.seeds.split(",")], args.methods.split(","), args.nanogpt)
+    parts_of_a_step(cfg, data, device, 8, args.repeats)
+    overheads(cfg, data, device, 8, args.repeats)
+
+
+if __name__ == "__main__":
+    main()
