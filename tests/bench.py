@@ -2,12 +2,13 @@
 
     python tests/bench.py                            seeds, methods, parts of a step
     python tests/bench.py --nanogpt=../nanoGPT       beside nanoGPT's own model and loop, from a clone of yours
+    python tests/bench.py --tiny_diffusion=...       beside nathan-barry/tiny-diffusion's, likewise
     python tests/bench.py --scaling                  time and memory against seeds, n, T and n_embd
 
 Every figure is a median over --repeats rounds in which all the things compared take turns, after a warm-up.
 """
 import argparse
-import importlib.util
+import importlib
 import statistics
 import sys
 import time
@@ -51,9 +52,7 @@ def timed(f, device, n=5):
 
 def nanogpt_step(path, cfg, data, device):
     """One step of nanoGPT's loop (its model, AdamW, clipping, data from memory), float32, at our shape: a function."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(path) / "model.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = imported(path, "model")
     T = data.train.shape[1] - 1
     model = module.GPT(module.GPTConfig(block_size=T, vocab_size=len(data.chars), n_layer=cfg.n_layer, n_head=cfg.n_head,
                                         n_embd=cfg.n_embd, dropout=0.0, bias=True)).to(device)  # fmt: skip
@@ -71,30 +70,53 @@ def nanogpt_step(path, cfg, data, device):
     return step
 
 
-def seeds_and_methods(cfg, data, device, repeats, counts, methods, nanogpt):
-    reference = nanogpt and nanogpt_step(nanogpt, cfg, data, device)
+def tiny_diffusion_step(path, cfg, data, device):
+    """The same for tiny-diffusion: its model, its masks, its train_step."""
+    training = imported(path, "training")
+    T, V = data.train.shape[1], len(data.chars)
+    config = training.DiffusionConfig(sequence_len=T, vocab_size=V + 1, mask_token_id=V, n_layer=cfg.n_layer, n_head=cfg.n_head,
+                                      n_embd=cfg.n_embd, context_len=data.prompt_len)  # fmt: skip
+    model = training.DiffusionTransformer(config).to(device)
+    model.init_weights()
+    schedule = training.MaskedDiffusionSchedule(config.diffusion_steps, V, config.context_len)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    train_x = data.train.to(device)
+    return lambda: training.train_step(model, train_x[torch.randint(len(train_x), (cfg.batch_size,), device=device)], schedule, optimizer)
+
+
+def imported(path, name):
+    """A module of somebody's repository, which finds its own neighbours first."""
+    sys.path.insert(0, str(Path(path).resolve()))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
+        for other in ("model", "sample", "training"):
+            sys.modules.pop(other, None)
+
+
+def seeds_and_methods(cfg, data, device, repeats, counts, methods, references):
+    """Steps of every method at every number of seeds, and of the references {name: step function}, taking turns."""
     times = {}
     for _ in range(repeats):
-        if reference:
-            [reference() for _ in range(3)]
-            began = clock(device)
-            [reference() for _ in range(30)]
-            times.setdefault("nanogpt", []).append((clock(device) - began) / 30)
+        for name, step in references.items():
+            times.setdefault(name, []).append(timed(lambda: [step() for _ in range(10)], device) / 10)
         for S in counts:
             for method in methods:
                 times.setdefault((method, S), []).extend(step_times(cfg, method, S, data, device))
     ms = {k: 1e3 * statistics.median(v) for k, v in times.items()}
     T = data.train.shape[1]
-    print(f"\n{'method':14}{'seeds':>6}{'ms/step':>9}{'per seed':>9}{'seq/s/seed':>11}{'seq/s':>9}{'tokens/s':>10}{'x 1 seed':>9}" + ("  x nanoGPT" if reference else ""))
+    print(f"\n{'method':14}{'seeds':>6}{'ms/step':>9}{'per seed':>9}{'seq/s/seed':>11}{'seq/s':>9}{'tokens/s':>10}{'x 1 seed':>9}"
+          + "".join(f"  x {name}" for name in references))  # fmt: skip
     for method in methods:
         for S in counts:
-            t = ms[method, S]
-            total = S * cfg.batch_size * mdm.n_masks(mdm.parse_method(method)) / t * 1e3
-            row = f"{method:14}{S:6}{t:9.2f}{t / S:9.2f}{total / S:11.0f}{total:9.0f}{total * T:10.0f}{t / ms[method, counts[0]]:9.2f}"
-            print(row + (f"{ms['nanogpt'] * S / t:11.2f}" if reference else ""))
+            t, M = ms[method, S], mdm.n_masks(mdm.parse_method(method))
+            total = S * cfg.batch_size * M / t * 1e3
+            print(f"{method:14}{S:6}{t:9.2f}{t / S:9.2f}{total / S:11.0f}{total:9.0f}{total * T:10.0f}{t / ms[method, counts[0]]:9.2f}"
+                  + "".join(f"{ms[name] * S * M / t:{len(name) + 4}.2f}" for name in references))  # fmt: skip
     print("ms/step: all seeds together, without P-POTS' refits; seq/s counts every forward pass; x 1 seed: the step's time over that of one seed")
-    if reference:
-        print(f"nanoGPT's own loop: {ms['nanogpt']:.2f} ms/step; x nanoGPT: our steps per second, all seeds together, over its")
+    for name in references:
+        print(f"{name}: {ms[name]:.2f} ms/step with its own model and loop; x {name}: our sequences per second, all seeds together, over its")
 
 
 def parts_of_a_step(cfg, data, device, S, repeats):
@@ -194,6 +216,7 @@ def main():
     parser.add_argument("--dataset", default="add3", help="[add3]")
     parser.add_argument("--repeats", type=int, default=5, help="rounds [5]")
     parser.add_argument("--nanogpt", help="a clone of nanoGPT to measure beside")
+    parser.add_argument("--tiny_diffusion", help="a clone of tiny-diffusion to measure beside")
     parser.add_argument("--scaling", action="store_true", help="only time and memory at four sizes of everything")
     parser.add_argument("--device", default="auto", help="cpu, cuda, auto [auto]")
     args = parser.parse_args()
@@ -204,7 +227,10 @@ def main():
     print(f"{cfg.dataset}, {cfg.n_layer} layers of {cfg.n_embd}, batch {cfg.batch_size}, torch {torch.__version__}, {name}")
     if args.scaling:
         return scaling(device)
-    seeds_and_methods(cfg, data, device, args.repeats, [int(s) for s in args.seeds.split(",")], args.methods.split(","), args.nanogpt)
+    references = {"nanoGPT": nanogpt_step(args.nanogpt, cfg, data, device)} if args.nanogpt else {}
+    if args.tiny_diffusion:
+        references["tiny-diffusion"] = tiny_diffusion_step(args.tiny_diffusion, cfg, data, device)
+    seeds_and_methods(cfg, data, device, args.repeats, [int(s) for s in args.seeds.split(",")], args.methods.split(","), references)
     parts_of_a_step(cfg, data, device, 8, args.repeats)
     overheads(cfg, data, device, 8, args.repeats)
 
