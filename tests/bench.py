@@ -3,12 +3,14 @@
     python tests/bench.py                            seeds, methods, parts of a step
     python tests/bench.py --nanogpt=../nanoGPT       beside nanoGPT's own model and loop, from a clone of yours
     python tests/bench.py --tiny_diffusion=...       beside nathan-barry/tiny-diffusion's, likewise
-    python tests/bench.py --scaling                  time and memory against seeds, n, T and n_embd
+    python tests/bench.py --scaling                  time and memory against seeds, n_embd, batch size, n and T
 
 Every figure is a median over --repeats rounds in which all the things compared take turns, after a warm-up.
 """
 import argparse
+import concurrent.futures
 import importlib
+import multiprocessing
 import statistics
 import sys
 import time
@@ -188,25 +190,36 @@ def overheads(cfg, data, device, S, repeats):
         print(f"{method:22}{other:14}{statistics.median(ratios):.3f}   ({min(ratios):.3f}, {max(ratios):.3f})")
 
 
+def one_size(dataset, n_embd, batch_size, seeds, device):
+    """Seconds per P-POTS+MIRROR step and the most memory (bytes) it needed beyond what an idle program has. Run in a process
+    of its own, since a process's peak never falls."""
+    cfg, data = train.Config(dataset=dataset, n_embd=n_embd, batch_size=batch_size, steps=1000), arith.make(dataset)
+    idle = memory(device)
+    seconds = statistics.median(step_times(cfg, "ppots_mirror", seeds, data, device, n=20))
+    return seconds, memory(device) - idle
+
+
+def memory(device):
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def scaling(device):
-    """Time of a P-POTS+MIRROR step, and bytes of parameters, gradients and optimizer, at four sizes of everything."""
+    """One P-POTS+MIRROR step at four sizes of everything, the pilot included in the memory."""
     base = dict(dataset="sum4", n_embd=64, batch_size=64, seeds=2)
-    print(f"\n{'what':22}" + "".join(f"{'value':>8}{'ms/step':>9}{'MB':>8}" for _ in range(4)))
+    print(f"\n{'what':20}" + "".join(f"{'value':>8}{'ms/step':>9}{'MB':>7}" for _ in range(4)))
     for what, values in [("seeds", (1, 2, 4, 8)), ("n_embd", (32, 64, 128, 256)), ("batch_size", (32, 64, 128, 256)),
-                         ("T = 2n + 1 (sumN)", ("sum4", "sum5", "sum6", "sum8"))]:  # fmt: skip
-        row = f"{what:22}"
+                         ("dataset", ("sum4", "sum5", "sum6", "sum8"))]:  # fmt: skip
+        row = f"{what if what != 'dataset' else 'n (T = 2n + 1)':20}"
         for value in values:
-            s = {**base, (what if what in base else "dataset"): value}
-            cfg = train.Config(dataset=s["dataset"], n_embd=s["n_embd"], batch_size=s["batch_size"], steps=1000)
-            data = arith.make(cfg.dataset)
-            if device.startswith("cuda"):
-                torch.cuda.reset_peak_memory_stats()
-            ms = 1e3 * statistics.median(step_times(cfg, "ppots_mirror", s["seeds"], data, device, n=20))
-            model, _ = train.build(cfg, frozenset(), list(range(s["seeds"])), data, device)
-            memory = torch.cuda.max_memory_allocated() if device.startswith("cuda") else 16 * sum(p.numel() for p in model.parameters())
-            row += f"{value:>8}{ms:9.2f}{memory / 1e6:8.2f}"
-        print(row)
-    print("MB: " + ("the most allocated" if device.startswith("cuda") else "parameters, gradients and AdamW's two moments; activations come on top"))
+            with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                seconds, used = pool.submit(one_size, **{**base, what: value}, device=device).result()
+            row += f"{value:>8}{1e3 * seconds:9.2f}{used / 1e6:7.0f}"
+        print(row, flush=True)
+    print("MB: the most memory in use beyond an idle program's")
 
 
 def main():
