@@ -228,20 +228,24 @@ def train(cfg, method, seeds, data, device="cpu", state=None, report=None, stop=
     train_x, arm, M = data.train.to(device), "arm" in method, mdm.n_masks(method)
     rare = rare_tokens(cfg, data).to(device) if "isad" in method else None
 
-    state = dict(state or {"step": 0, "curve": [], "seconds": 0.0, "pilot_tokens": 0, "table": None, "theta": None, "ema": None})
+    fresh = {"step": 0, "curve": [], "seconds": 0.0, "pilot_tokens": 0, "loss_sum": None, "loss_steps": 0, "table": None,
+             "theta": None, "ema": None}  # fmt: skip
+    state = dict(state or fresh)
     if state["step"] > 0:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    table, theta, ema = (None if state[k] is None else state[k].to(device) for k in ("table", "theta", "ema"))
+    table, theta, ema, loss_sum = (None if state[k] is None else state[k].to(device) for k in ("table", "theta", "ema", "loss_sum"))
     if "ema" in method and ema is None:
         ema = torch.zeros(S, 10, device=device)
     block_steps = max(1, min(64, 2**20 // (B * n)))  # the same for any number of seeds, or streams would shift
     refit_every = max(1, steps // cfg.ppots_refits)
-    loss_sum, loss_steps, clock = torch.zeros(S, device=device), 0, time.perf_counter()
+    loss_sum = torch.zeros(S, device=device) if loss_sum is None else loss_sum  # since the last evaluation, for the report
+    loss_steps, clock = state["loss_steps"], time.perf_counter()
 
     def snapshot(done):
         state.update(step=step, steps=steps, model=model.state_dict(), optimizer=optimizer.state_dict(), table=table,
-                     theta=theta, ema=ema, seconds=state["seconds"] + time.perf_counter() - clock, done=done,
+                     theta=theta, ema=ema, loss_sum=loss_sum, loss_steps=loss_steps, done=done,
+                     seconds=state["seconds"] + time.perf_counter() - clock,
                      forward_tokens=step * B * M * T + state["pilot_tokens"], n_params=sum(p[0].numel() for p in params))  # fmt: skip
         return report(state) if report else False
 
@@ -274,8 +278,9 @@ def train(cfg, method, seeds, data, device="cpu", state=None, report=None, stop=
         if step % cfg.eval_every == 0 or step == steps:
             accuracy, nll = evaluate(model, data, n_nll=len(data.test) if step == steps else 128)
             state["curve"].append({"step": step, "loss": (loss_sum / loss_steps).tolist(), "accuracy": accuracy, "nll": nll})
+            loss_sum, loss_steps = torch.zeros_like(loss_sum), 0
             ended = snapshot(done=step == steps)
-            loss_sum, loss_steps, clock = torch.zeros_like(loss_sum), 0, time.perf_counter()
+            clock = time.perf_counter()
             if ended:
                 break
         if stop and stop() and step < steps:
