@@ -4,7 +4,7 @@ THE STORY. A masked diffusion model (MDM) hides tokens and learns to fill them i
 draws a masking rate t, hides each of the n response tokens with probability t, and pays for the hidden ones:
 
     l(x0, t, m) = 1/(n t) * sum_{i in m} -log p(x0_i | xt)                                                     (1)
-    L           = E_{x0} E_{t ~ U(0,1)} E_m  l(x0, t, m)      >=  -log p(x0) / n    (an upper bound, per token)  (2)
+    L           = E_{x0} E_{t ~ U(0,1)} E_m  l(x0, t, m)      >=  E_{x0}[-log p(response | prompt)] / n         (2)
 
 An autoregressive model (ARM) meets only one kind of luck: which data it sees. An MDM is at the mercy of three,
 and the law of total variance takes them apart ("Bringing Stability to Diffusion", arXiv 2511.18159, "the paper" from here on):
@@ -24,7 +24,7 @@ up for each other). This file holds them all, read in this order:
 
 LETTERS. S seeds (independent models trained side by side), B sequences in a batch, T = block_size tokens in a
 sequence, n response tokens (only these are ever masked), M masks per sequence (= forward passes it costs),
-V = vocab_size, C = n_embd. "OURS" marks what is derived here and not in the paper.
+V = vocab_size, C = n_embd. A method is called unbiased when the mean of its loss is L. "OURS" marks what is derived here and not in the paper.
 """
 import functools
 import math
@@ -125,8 +125,8 @@ class GPT(nn.Module):
     def forward(self, idx, pos):
         """idx (S, B, T) token ids, pos (P,) positions -> logits (S, B, P, V) at these positions.
 
-        The last block computes only what is asked for. On `123+456=0579` the answer is 4 of 12 tokens: this saves
-        a quarter of all arithmetic.
+        The last block computes only what is asked for. On `123+456=0579`, with 2 blocks, the answer is 4 of 12 tokens:
+        this saves a quarter of all arithmetic.
         """
         S, B, T = idx.shape
         rows = idx + self.wte.shape[1] * torch.arange(S, device=idx.device).view(S, 1, 1)  # seed s has its own rows
@@ -166,7 +166,7 @@ def token_nll(model, x0, pos, mask=None):
 def mdm_loss(nll, mask, weight):
     """Equation (1) with a general weight: l = 1/n sum_i weight_i mask_i nll_i, for the last axis n.
 
-    weight = 1/p_mask is the plain loss. Ten lines of a LLaDA fine-tune need no more than this function.
+    nll, mask, weight (..., n) -> (...), in nats per response token. weight = 1/p_mask is the plain loss.
     """
     return (nll * mask * weight).mean(-1)
 
@@ -176,6 +176,7 @@ def rate_to_p_mask(t, eps=1e-3):
 
     OURS: eps is not cosmetic. For small t a single hidden token costs nll/(n t), so E[l^2 | t] ~ 1/t and, under
     t ~ U(0,1), Var(l) grows like log(1/eps) without bound. eps = 1e-3 is what keeps the plain loss trainable.
+    Its price: (2) is then an average over p_mask in (eps, 1), and that is what the methods with a t are unbiased for.
     """
     return (1 - eps) * t + eps
 
@@ -186,24 +187,24 @@ def rate_to_p_mask(t, eps=1e-3):
 # Draw t ~ p(t) and multiply the loss by 1/p(t): the mean stays, whatever p > 0 is. The variance becomes
 # int E[l^2|t] / p(t) dt - L^2, and by Cauchy-Schwarz it is least for
 #
-#     p*(t)  ~  sqrt( E_{x0}[ g(x0,t)^2 + v(x0,t) ] ),     g = E_m[l | x0,t],   v = Var_m[l | x0,t]             (4)
+#     p*(t)  ∝  sqrt( E_{x0}[ g(x0,t)^2 + v(x0,t) ] ),     g = E_m[l | x0,t],   v = Var_m[l | x0,t]             (4)
 #
 # "Visit the hard rates more often, in steps that are smaller in proportion."
 #
 # How to measure (4)? The authors average over a grid of rates, sequences and masks. OURS, better and cheaper: given
 # the NUMBER k of hidden tokens, all masks are equally likely, whatever t was. So it is enough to measure the summed
-# loss S = sum_{i in m} nll_i by count, and every t follows from the binomial law of k:
+# loss H = sum_{i in m} nll_i by count, and every t follows from the binomial law of k:
 #
-#     E[l | x0,t]  =  sum_k Bin(k; n, t) E[S | x0,k] / (n t),      E[l^2 | t]  =  sum_k Bin(k; n, t) E[S^2 | k] / (n t)^2
+#     E[l | x0,t]  =  sum_k Bin(k; n, t) E[H | x0,k] / (n t),      E[l^2 | t]  =  sum_k Bin(k; n, t) E[H^2 | k] / (n t)^2
 
 
 @torch.no_grad()
 def measure_counts(model, x0, pos, uniforms, max_counts=16):
-    """The pilot: S for X sequences, n_counts mask sizes and K masks each. It costs X * n_counts * K forward passes
-    and no backward.
+    """The pilot: H for X sequences, n_counts mask sizes and so many repeats of each. It costs X * n_counts * repeats
+    forward passes and no backward.
 
-    x0 (S, X, T) training sequences; uniforms (S, X, n_counts, K, n) in [0,1), n_counts = min(n, max_counts).
-    Returns counts (n_counts,) from 1 to n, and sums (S, X, n_counts, K) in nats.
+    x0 (S, X, T) training sequences; uniforms (S, X, n_counts, repeats, n) in [0,1), n_counts = min(n, max_counts).
+    Returns counts (n_counts,) from 1 to n, and H (S, X, n_counts, repeats) in nats.
     """
     n = len(pos)
     counts = torch.linspace(1, n, min(n, max_counts), device=x0.device).round().long()
@@ -213,7 +214,7 @@ def measure_counts(model, x0, pos, uniforms, max_counts=16):
 
 
 def ranks(uniforms):
-    """The rank, 0 to n-1, of each entry along the last axis: a uniformly random permutation."""
+    """The rank, 0 to n-1, of each entry along the last axis; of independent uniforms, a random permutation."""
     return uniforms.argsort(-1).argsort(-1)
 
 
@@ -229,17 +230,20 @@ def binomial(t, n):
     return torch.exp(log_choose(n, k) + k * t.log() + torch.xlogy(n - k, 1 - t))
 
 
-def curves(counts, sums, t, n, eps=1e-3):
-    """g^2 and v of equation (4), averaged over x0, at the rates t (Q,): two tensors (S, Q), float64, both unbiased.
+def curves(counts, H, t, n, eps=1e-3):
+    """g^2 and v of equation (4), averaged over x0, at the rates t (Q,): two tensors (S, Q), float64.
 
-    From the pilot's counts (n_counts,) and sums (S, X, n_counts, K >= 2). It is the mean over x0 of g^2 that counts,
-    not the square of the mean (with the latter the data's own spread is lost: a slip in the authors' release).
+    From the pilot's counts (n_counts,) and H (S, X, n_counts, repeats >= 2). Both are unbiased when every count was
+    measured (n <= 16); beyond, H/k is interpolated between counts. It is the mean over x0 of g^2 that belongs in (4),
+    not the square of the mean (with the latter the data's own spread is lost: a slip in the authors' release). P-POTS
+    needs only the sum of the two.
     """
-    p_mask, sums = rate_to_p_mask(t, eps), sums.double()
-    law = binomial(p_mask, n) @ interpolation(counts, n)  # (Q, n_counts)
-    second = sums.square().mean((1, 3)) @ law.T
-    g = sums.mean(3) @ law.T  # (S, X, Q); its square is too large by the noise of the K masks: take that out
-    g2 = (g.square() - sums.var(3) @ law.square().T / sums.shape[3]).mean(1)
+    p_mask, per_token = rate_to_p_mask(t, eps), H.double() / counts[:, None]
+    k = torch.arange(1, n + 1, device=t.device)
+    first = (binomial(p_mask, n) * k) @ interpolation(counts, n)  # (Q, n_counts)
+    second = per_token.square().mean((1, 3)) @ ((binomial(p_mask, n) * k**2) @ interpolation(counts, n)).T
+    g = per_token.mean(3) @ first.T  # (S, X, Q); its square is too large by the noise of the repeats: take that out
+    g2 = (g.square() - per_token.var(3) @ first.square().T / H.shape[3]).mean(1)
     scale = (n * p_mask).square()
     return g2 / scale, (second - g2) / scale
 
@@ -255,12 +259,12 @@ def interpolation(counts, n):
 
 
 def epr(theta, t):
-    """The paper's EPR family: p(t) ~ sqrt(v^ + g^2), v^ = a t^r + b (1-t)^q, g^ = A exp(k t^m).
+    """The paper's EPR family: p(t) ∝ sqrt(v^ + g^2), v^ = a t^r + b (1-t)^q, g^ = A exp(k t^m).
 
-    theta (..., 6) is free; softplus keeps a, b, A, k > 0 and r, q, m > 1 (with A fixed at 1, since only the
-    shape matters). Returns log p, not normalised: (..., len(t)).
-    OURS: the family stays finite at t = 0 where the optimum (4) grows like t^(-1/2), so the log(1/eps) of the plain loss
-    survives under it, if smaller. The measured curve itself (fit="grid") is free of it.
+    theta (..., 6) stands for a, b, k, r, q, m, without constraint: softplus makes them positive, and 1 is added to the
+    exponents r, q, m. A is 1, since only the shape matters. Returns log p, not normalised: (..., len(t)).
+    OURS: the family stays finite at t = 0 where the optimum (4) grows like t^(-1/2), so under it some of the plain
+    loss's log(1/eps) survives. The measured curve itself (fit="grid") is free of it.
     """
     a, b, k, r, q, m = F.softplus(theta).unsqueeze(-1).unbind(-2)
     log_t, log_1mt = t.log(), (1 - t).log()
@@ -272,7 +276,7 @@ def fit_epr(t, w, start=None, n_starts=20, n_steps=400):
     """Fit EPR to the measured curve w (S, Q) at the rates t (Q,) by minimising KL(w || p). Returns theta (S, 6).
 
     n_starts random starts (always the same ones) and, if given, the previous fit `start` (S, 6); the best wins.
-    Adam works entry by entry, so neither starts nor seeds influence each other.
+    The authors use L-BFGS; Adam works entry by entry, so here neither starts nor seeds influence each other.
     """
     S, w = w.shape[0], (w / w.sum(-1, keepdim=True))[:, None]
     theta = torch.randn(n_starts, 6, generator=torch.Generator().manual_seed(0), dtype=t.dtype) * 2
@@ -292,18 +296,24 @@ def fit_epr(t, w, start=None, n_starts=20, n_steps=400):
 
 # The law that is really sampled is a table. With s = sqrt(t), p is constant in s on each of n_cells equal cells:
 # p(t) = cell_mass * n_cells / (2 sqrt(t)). Two things follow. The inverse of the CDF is exact, so the weight 1/p(t)
-# is that of the density really drawn and E[weight] = 1 to rounding. And p has the t^(-1/2) of the optimum built in.
+# is that of the density really drawn and E[weight] = 1 to rounding. And within a cell p goes like t^(-1/2), as the
+# optimum does at 0, so that below the first cell's edge, t = 1/N_CELLS^2, no law made from a table has a log(1/eps).
 N_CELLS = 128
 
 
 def cell_rates(device=None):
-    """The rates t at the middle of the table's cells: (N_CELLS,), float64."""
+    """The rates t at the middle, in sqrt(t), of the table's cells: (N_CELLS,), float64."""
     return ((torch.arange(N_CELLS, dtype=torch.float64, device=device) + 0.5) / N_CELLS).square()
 
 
 def ppots_table(w):
-    """The table of p(t) ~ w: w (S, N_CELLS), taken at cell_rates(), -> probability of each cell (S, N_CELLS)."""
-    mass = w * cell_rates(w.device).sqrt()  # dt = 2 s ds
+    """The table of p(t) ∝ w: w (S, N_CELLS), taken at cell_rates(), -> probability of each cell (S, N_CELLS)."""
+    return normalised(w * cell_rates(w.device).sqrt())  # dt = 2 s ds
+
+
+def normalised(mass):
+    """Probabilities (S, cells), none of them zero: where p is 0 nothing is ever drawn, and the estimate is biased."""
+    mass = mass.clamp(min=1e-30).clamp(min=1e-3 * mass.amax(-1, keepdim=True))
     return mass / mass.sum(-1, keepdim=True)
 
 
@@ -334,10 +344,11 @@ def mirror_masks(r, p_mask):
     """MIRROR: the SAME uniforms r, read from both ends -> two masks (2, ..., n).
 
     Each mask alone is an ordinary one at rate p_mask, so the mean of their losses is unbiased. For p_mask <= 1/2
-    they are disjoint; for p_mask >= 1/2 they cover every token. Hence Var(mean) = Var(l)/2 * (1 + rho) with
-    rho <= 0 where the paper's assumptions hold: A falls by half or more. The second pass is paid for: compare with
-    two independent masks (`multi2`), twice the batch (`batch2`), twice the steps (`steps2`).
-    (A fresh r for the second mask, as in the head of the authors' release, is multi2 and not MIRROR.)
+    they are disjoint; for p_mask >= 1/2 they cover every token. With rho their losses' correlation given x0 and t,
+    Var_m(mean) = Var_m(l)/2 * (1 + rho): A falls by half, and by more as rho < 0, which holds when hiding one more
+    token never lowers the summed loss (the two losses are then monotone in r, in opposite directions). B and C stay.
+    The second pass is paid for: compare with two independent masks (`multi2`), twice the batch (`batch2`), twice the
+    steps (`steps2`). (A fresh r for the second mask, as in the head of the authors' release, is multi2, not MIRROR.)
     """
     return torch.stack([r < p_mask, r >= 1 - p_mask])
 
@@ -346,17 +357,18 @@ def mirror_masks(r, p_mask):
 # 5. The other methods. u is a uniform number in (0,1] that the rate is made of; r are the n of the mask.
 
 
-def stratify(u, shuffle, n_strata):
+def stratify(u, shuffle, strata):
     """StraTS: stratified rates. Attacks B; one pass; unbiased. (Paper; MDLM calls one draw per stratum antithetic.)
 
-    (0,1] is cut into n_strata equal parts and the batch into as many equal groups; u (..., B) and shuffle (..., B),
+    (0,1] is cut into so many strata and the batch into as many equal groups; u (..., B) and shuffle (..., B),
     a random permutation, decide what falls where. Each u alone stays uniform, so this goes before any inverse CDF.
     """
-    return (shuffle % n_strata + u) / n_strata
+    return (shuffle % strata + u) / strata
 
 
 def n_strata(batch_size):
-    """The authors take sqrt(batch) strata; here the largest divisor of batch_size not above that."""
+    """The authors take sqrt(batch) strata; here the largest divisor of batch_size not above that, so that the strata are
+    equally full (for a prime batch size it is 1, and nothing is stratified)."""
     return max(d for d in range(1, math.isqrt(batch_size) + 1) if batch_size % d == 0)
 
 
@@ -367,14 +379,15 @@ def low_discrepancy(u, shuffle):
 
 
 def exact_count(u, table):
-    """Exact count: hide exactly k ~ U{1..n} tokens, weight 1/k. Attacks A and B; one pass; unbiased (for eps = 0).
+    """Exact count: hide exactly k ~ U{1..n} tokens, weight 1/k. Attacks A; one pass; unbiased (for eps = 0).
     (RADD, arXiv 2406.03736; LLaDA's evaluation; PUMA trains with it.)
 
-    Its mean is L since int t^(k-1) (1-t)^(n-k) dt = 1/(k C(n,k)), and it is the plain loss averaged over t given
-    the mask, so by Rao-Blackwell its variance is never larger. There is no 1/t left, and no eps.
+    Its mean is L since int t^(k-1) (1-t)^(n-k) dt = 1/(k C(n,k)). Its variance is never larger than the plain one's:
+    averaging the plain weight 1/t over t given the mask (Rao-Blackwell) leaves (n+1)/k, on k ~ U{0..n}; never drawing
+    the useless k = 0 takes off another factor n/(n+1) of E[l^2]. There is no 1/t left, and no eps.
     OURS: with t = k/n and the ranks of r in place of r, it is an ordinary mask, to which all else in this file
     applies: MIRROR takes the k lowest and the k highest ranks, StraTS stratifies k, P-POTS draws k from a table of
-    p_k with weight 1/(n p_k), optimal for p_k ~ sqrt(E[(S/k)^2]).
+    p_k with weight 1/(n p_k), optimal for p_k ∝ sqrt(E[(H/k)^2]).
 
     u (S, B) in (0,1], table (S, n) the probability of each k -> k/n (S, B) and importance weight (S, B).
     """
@@ -400,7 +413,7 @@ def clipped(u, beta=0.3, omega=0.8):
 
 
 @functools.lru_cache
-def clipped_weights(n, beta=0.3, omega=0.8):
+def clipped_weights(n, beta=0.3, omega=0.8, device=None):
     """OURS: what to put in place of 1/t so that clipped rates are unbiased (`reclipped`): (n+1,), by |m| = 0..n.
 
     Every mask can occur at some t in [beta, omega], so weigh it by how often it occurs under (2) and how often here:
@@ -410,7 +423,7 @@ def clipped_weights(n, beta=0.3, omega=0.8):
     t, k = beta + (omega - beta) * x, torch.arange(n + 1)
     here = (t ** k[:, None] * (1 - t) ** (n - k[:, None])) @ w
     wanted = 1 / (k.clamp(min=1) * log_choose(n, k).exp())  # at k = 0 there is nothing to weigh
-    return wanted / here
+    return (wanted / here).to(device)
 
 
 @functools.lru_cache
@@ -444,7 +457,7 @@ def ema_control_variate(loss, u, ema, rate=0.01):
 # rate), to r (the mask) and to the weight, in this order, and that is all.
 
 INGREDIENTS = {  # name: (attacks, passes, what it does)
-    "exactk": ("A B", 1, "mask exactly k ~ U{1..n} tokens, weight 1/k (no eps)"),
+    "exactk": ("A", 1, "mask exactly k ~ U{1..n} tokens, weight 1/k (no eps)"),
     "ppots": ("A B", 1, "draw t (or k) from the variance-optimal law"),
     "strats": ("B", 1, "stratified rates over the batch"),
     "lowdisc": ("B", 1, "one-offset low-discrepancy rates over the batch"),
@@ -504,7 +517,7 @@ def n_passes(method):
 
 
 def draw_rates(method, u, shuffle):
-    """The uniform numbers the rates are made of, correlated over the batch if the method says so: (S, B)."""
+    """The uniform numbers the rates are made of, correlated over the batch if the method says so: (..., B)."""
     if "strats" in method:
         return stratify(u, shuffle, n_strata(u.shape[-1]))
     if "lowdisc" in method:
@@ -528,8 +541,8 @@ def rate(method, u, n, table=None, eps=1e-3):
 def draw_masks(method, u, r, table=None, eps=1e-3, is_rare=None):
     """Masks and weights of any method, ready for mdm_loss: mask (M, S, B, n) bool, weight (M, S, B, n).
 
-    u (S, B) in (0,1], from draw_rates; r (1, S, B, n) uniform in [0,1), or (2, S, B, n) for multi2; table as in
-    rate(); is_rare (S, B, n) bool for isad.
+    u (S, B) in (0,1], from draw_rates; r (1, S, B, n) uniform in [0,1), or (2, S, B, n) for multi2 (MIRROR makes two of
+    each); table as in rate(); is_rare (S, B, n) bool for isad.
     """
     n = r.shape[-1]
     p_mask, importance = (z[..., None] for z in rate(method, u, n, table, eps))
@@ -540,7 +553,7 @@ def draw_masks(method, u, r, table=None, eps=1e-3, is_rare=None):
     mask = mirror_masks(r, p_mask) if "mirror" in method else bernoulli_masks(r, p_mask)
     mask = mask.flatten(0, 1)
     if "reclipped" in method:
-        weight = clipped_weights(n).to(u)[mask.sum(-1, keepdim=True)]
+        weight = clipped_weights(n, device=u.device).to(u.dtype)[mask.sum(-1, keepdim=True)]
     else:
         weight = importance / p_mask
     return mask, weight.expand(mask.shape)
@@ -556,29 +569,28 @@ def method_loss(model, x0, pos, mask, weight):
     return mdm_loss(nll, mask, weight).mean(1)
 
 
-def ppots_law(method, counts, sums, n, fit="epr", eps=1e-3, start=None):
-    """From the pilot's counts and sums to the table that draw_masks wants: (table (S, cells), theta or None).
+def ppots_law(method, counts, H, n, fit="epr", eps=1e-3, start=None):
+    """From the pilot's counts and H to the table that draw_masks wants: (table (S, cells), theta or None), float64.
 
-    exactk: p_k ~ sqrt(E[S^2 | k]) / k. Otherwise equation (4), through the EPR family (fit="epr") or as it was
+    exactk: p_k ∝ sqrt(E[H^2 | k]) / k. Otherwise equation (4), through the EPR family (fit="epr") or as it was
     measured (fit="grid"). start: the previous theta, if any. Beside MIRROR too p is that of the single mask, as in the
     paper: any p is unbiased, and for the pair it is near the optimum, not quite at it.
     """
     if "exactk" in method:
-        second = sums.double().square().mean((1, 3)) @ interpolation(counts, n).T
-        w = second.sqrt() / torch.arange(1, n + 1, dtype=torch.float64, device=sums.device)
-        return w / w.sum(-1, keepdim=True), None
+        per_token = H.double() / counts[:, None]
+        return normalised((per_token.square().mean((1, 3)) @ interpolation(counts, n).T).sqrt()), None
     if fit == "grid":
-        return ppots_table(sum(curves(counts, sums, cell_rates(sums.device), n, eps)).sqrt()), None
-    t = torch.arange(1, 64, dtype=torch.float64, device=sums.device) / 64
-    w = sum(curves(counts, sums, t, n, eps)).sqrt()
+        return ppots_table(sum(curves(counts, H, cell_rates(H.device), n, eps)).sqrt()), None
+    t = torch.arange(1, 64, dtype=torch.float64, device=H.device) / 64
+    w = sum(curves(counts, H, t, n, eps)).clamp(min=1e-30).sqrt()
     theta = fit_epr(t, w) if start is None else fit_epr(t, w, start, n_starts=3, n_steps=60)
-    return ppots_table(epr(theta, cell_rates(sums.device)).softmax(-1)), theta
+    return ppots_table(epr(theta, cell_rates(H.device)).softmax(-1)), theta
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # 7. The variance, measured. How noisy is a method at a given model? Equation (3), for the loss and for the gradient.
 #
-# Exactly, where all 2^n masks can be listed (OURS). Let V_m be what mask m brings: the number S_m = sum_{i in m} nll_i,
+# Exactly, where all 2^n masks can be listed (OURS). Let V_m be what mask m brings: the number H_m = sum_{i in m} nll_i,
 # or the vector of its gradient. A method's loss is a weighted V_m, so its moments are linear in the Gram matrix
 # K = E_{x0}[V V^T] (2^n x 2^n), and all that makes a METHOD is in three arrays that know neither model nor data:
 #
@@ -593,7 +605,7 @@ class Law:
 
     second: torch.Tensor  # (N, N)
     given_t: torch.Tensor  # (N, N)
-    mean: torch.Tensor  # (N,): the expected weight of each mask; the method is unbiased if these are those of (2)
+    mean: torch.Tensor  # (N,): probability times weight of each mask, so E[l] = mean . V; unbiased: those of (2)
     between: torch.Tensor  # (N, N): what correlated rates (strats, lowdisc) take off B, as a form in the mean V
 
 
@@ -640,8 +652,8 @@ def quadrature(cuts):
 
 
 def n_rate_groups(method, batch_size):
-    """The equal parts of (0,1] between which u cannot differ by chance. ema, once converged, takes away the same in the
-    loss (not in the gradient: ask for method - {"ema"} there)."""
+    """The number of equal parts of (0,1] between which u cannot differ by chance. ema, once converged, takes away the same
+    from the loss (not from the gradient: ask for method - {"ema"} there); beside strats or lowdisc it is not counted."""
     if "lowdisc" in method:
         return batch_size
     return n_strata(batch_size) if "strats" in method else 10 if "ema" in method else 1
@@ -649,15 +661,17 @@ def n_rate_groups(method, batch_size):
 
 def exact_law(method, n, table=None, eps=1e-3, batch_size=64):
     """The Law of a method for n response tokens, by quadrature over u; the rates come from the same rate() that
-    training uses. table (cells,) float64. Costs some hundred nodes times 2^n, or 4^n with mirror. Not for isad,
-    whose weights depend on the tokens."""
+    training uses. table (cells,) float64. Costs 4^n times 500 to 1500 nodes at most. Not for isad, whose weights depend on
+    the tokens. Raises ValueError for eps = 0 where the variance is then infinite: a plain 1/t."""
+    if eps == 0 and not method & {"exactk", "ppots", "clipped", "reclipped"}:
+        raise ValueError("with eps = 0 the variance of the plain loss is infinite")
     if "exactk" in method and table is None:
         table = torch.full((n,), 1 / n, dtype=torch.float64)
     edges = torch.zeros(0, dtype=torch.float64) if table is None else table.cumsum(0)[:-1]
     table = None if table is None else table[None]
     strata = n_rate_groups(method, batch_size)
     dyadic = 0.5 ** torch.arange(60, dtype=torch.float64)  # between these even 1/(t + eps) is smooth
-    cuts = torch.cat([torch.arange(strata) / strata, dyadic, edges, half_rate(method, n, table, eps)]).unique()
+    cuts = torch.cat([torch.arange(strata, dtype=torch.float64) / strata, dyadic, edges, half_rate(method, n, table, eps)]).unique()
     u, du = quadrature(cuts)
     P, weight, p_mask = law_at(method, u, n, table, eps)
 
@@ -683,7 +697,7 @@ def exact_law(method, n, table=None, eps=1e-3, batch_size=64):
     if "lowdisc" in method:  # given the offset no rate is random; left over is how the comb's mean moves with it
         period = torch.tensor([1 / strata], dtype=u.dtype)
         offset, d_offset = quadrature(torch.cat([cuts % period, period]).unique())
-        comb = (offset[:, None] + torch.arange(strata) / strata).flatten()
+        comb = (offset[:, None] + torch.arange(strata, dtype=u.dtype) / strata).flatten()
         P, weight, _ = law_at(method, comb, n, table, eps)
         comb = (weight * P).view(len(offset), strata, -1).mean(1) - mean
         between = given_t - torch.outer(mean, mean) - strata**2 * (comb * d_offset[:, None]).T @ comb
@@ -715,7 +729,7 @@ def grams(model, x0, pos, s=0, chunk=128):
         weight = torch.full((1, n), 1.0 if causal else n, device=x.device)  # the ARM's loss is the mean, V_m a sum
         parts = [sample_gradients(model, s, x.expand(len(m), -1), pos, m, weight.expand(m.shape)) for m in masks.split(chunk)]
         for i, V in enumerate(torch.cat(part) for part in zip(*parts)):
-            V = V.double().reshape(len(masks), -1)
+            V = (V.cpu() if V.device.type == "mps" else V).double().reshape(len(masks), -1)  # mps knows no float64
             total[i], means[i] = total[i] + V @ V.T / len(x0), means[i] + V / len(x0)
     return [(K.cpu(), (V @ V.T).cpu()) for K, V in zip(total, means)]
 
@@ -736,26 +750,26 @@ def variance_table(rows):
     """Text of rows {"method", "passes", "loss", "gradient"}, the last two as exact_variance gives them; a row that was
     sampled has "gradient_error" too."""
     base = {row["method"]: row for row in rows}.get("mdm", rows[0])["gradient"]["total"]
-    sampled = any("gradient_error" in row for row in rows)
-    parts = ["A", "B", "C", "total"]
-    lines = [f"{'':30}{'loss':^40}  {'gradient':^60}"]
-    lines += [f"{'method':23}passes " + " ".join(f"{h:>9}" for h in [*parts, " " + parts[0], *parts[1:], "ratio", "x passes"] + ["+-"] * sampled)]
+    parts, extra = ["A", "B", "C", "total"], ["ratio", "x passes"]
+    extra += ["+-"] if any("gradient_error" in row for row in rows) else []
+    lines = [f"{'':30}{'loss':^40}{'gradient':^40}", f"{'method':23}passes " + "".join(f"{h:>10}" for h in parts * 2 + extra)]
     for row in rows:
         ratio = row["gradient"]["total"] / base
         values = [row[of][k] for of in ("loss", "gradient") for k in parts] + [ratio, ratio * row["passes"]]
         values += [row["gradient_error"]["total"] / base] if "gradient_error" in row else []
-        lines += [f"{row['method']:23}{row['passes']:^6} " + " ".join(f"{v:9.3g}" for v in values)]
-    return "\n".join(lines + (["+-: standard error of the ratio, where the row was sampled and not exact"] if sampled else []))
+        lines += [f"{row['method']:23}{row['passes']:^6} " + "".join(f"{v:10.3g}" for v in values)]
+    return "\n".join(lines + ["+-: standard error of the ratio, where the row was sampled and not exact"] * (len(extra) > 2))
 
 
 def monte_carlo_variance(model, x0, pos, method, generator, table=None, eps=1e-3, is_rare=None, s=0, batch_size=64,
                          n_rates=6, n_repeats=2, n_bootstrap=200):  # fmt: skip
-    """The same by sampling, for responses of any length: a nested analysis of variance, unbiased in each component.
+    """The same by sampling, for responses of any length and sequences drawn at random: a nested analysis of variance.
 
     For each x0 (X, T) n_rates rates, for each rate n_repeats masks (M each), drawn by draw_masks. With W the variance
     within a rate, R that of the rates' means, D that of the sequences' means: A = W, B = R - W/n_repeats,
-    C = D - R/n_rates. Returns (loss, gradient), each {"A", "B", "C", "total", "mean": (estimate, standard error)}, the
-    error from a bootstrap over x0. Memory: X * strata gradients (strata as in exact_law, at most 16 here).
+    C = D - R/n_rates, each unbiased. (But lowdisc, and strata beyond 16, are taken for 16 strata.) Returns (loss,
+    gradient), each {"A", "B", "C", "total", "mean": (estimate, standard error)}, the error from a bootstrap over x0.
+    Memory: X gradients for each of the strata.
     """
     X, n, arm = len(x0), len(pos), model.config.causal
     strata = min(n_rate_groups(method, batch_size), 16)
@@ -771,7 +785,7 @@ def monte_carlo_variance(model, x0, pos, method, generator, table=None, eps=1e-3
         flat = [z.flatten(0, 1).to(x.device) for z in (mask, weight)]
         group = F.one_hot(((u[0] * strata).ceil().long() - 1).clamp(0, strata - 1), strata).double()
         for out, v in enumerate(sample_gradients(model, s, x.expand(len(flat[0]), -1), pos, *flat)):
-            v = v.double().cpu().view(len(mask), u.shape[1], -1, v[0].numel()).mean(0)  # (rates, repeats, P)
+            v = v.cpu().double().view(len(mask), u.shape[1], -1, v[0].numel()).mean(0)  # (rates, repeats, P)
             cell = v.mean(1)
             within[out].append(0.0 if arm else v.var(1).sum(-1).mean().item())
             rates[out].append(0.0 if arm else cell.var(0).sum().item())
@@ -816,11 +830,13 @@ def generate(model, x, pos, steps=None, temperature=0.0, order="confidence", gen
     for step in range(steps):
         at = pos[step : step + 1] if model.config.causal else pos
         logits = model(x[..., :-1], at - 1) if model.config.causal else model(x, at)
-        if temperature > 0:  # Gumbel noise: the argmax is then a sample of softmax(logits / temperature)
-            logits = logits / temperature - (-noise(logits.shape).log()).log()
-        confidence, token = logits.log_softmax(-1).max(-1)
+        noisy = logits  # with Gumbel noise its argmax is a sample of softmax(logits / temperature)
+        if temperature > 0:
+            noisy = logits / temperature - (-noise(logits.shape).log()).log()
+        token = noisy.argmax(-1)
+        confidence = logits.log_softmax(-1).gather(-1, token[..., None])[..., 0]
         masked = x[..., at] == mask_id
-        if order == "left" or model.config.causal:
+        if order == "left":
             confidence = -at.to(confidence).expand_as(confidence)
         elif order == "random":
             confidence = noise(confidence.shape)
@@ -833,21 +849,22 @@ def generate(model, x, pos, steps=None, temperature=0.0, order="confidence", gen
         yield x
 
 
-def nll_masks(n, x, generator, per_count=2, all_up_to=6):
-    """The masks of the validation bound, the same for every method, by exact counts: mask (x, K, n), weight (K, n).
+def nll_masks(n, X, generator, per_count=2, all_up_to=6):
+    """The masks of the validation bound, the same for every method, by exact counts: mask (X, R, n), weight (X, R, n);
+    the sum over R of mdm_loss estimates the bound of each of X sequences.
 
-    n <= all_up_to: all masks, so that the bound of each sequence is exact. Else, per sequence, stratified counts with
-    one random mask each, per_count to a stratum.
+    n <= all_up_to: all masks, so that it is exact. Else R = per_count * min(n, 16), the counts stratified into R strata,
+    with one random mask in each.
     """
     if n <= all_up_to:
-        mask = all_masks(n)[1:].expand(x, -1, -1)
+        mask = all_masks(n)[1:].expand(X, -1, -1)
         k = mask.sum(-1)
         share = (1 / (n * log_choose(n, k).exp())).float()
     else:
-        K = per_count * min(n, 16)
-        k = ((torch.arange(K) + 1 - torch.rand(x, K, generator=generator)) / K * n).ceil().long()
-        mask = ranks(torch.rand(x, K, n, generator=generator)) < k[..., None]
-        share = torch.full((x, K), 1 / K)
+        R = per_count * min(n, 16)
+        k = ((torch.arange(R) + 1 - torch.rand(X, R, generator=generator)) / R * n).ceil().long()
+        mask = ranks(torch.rand(X, R, n, generator=generator)) < k[..., None]
+        share = torch.full((X, R), 1 / R)
     return mask, (share * n / k)[..., None].expand(mask.shape)
 
 

@@ -1,6 +1,6 @@
 """sample.py - ask a trained model.
 
-    python sample.py --out_dir=out --method=pposts_mirror --seed=42 --prompt="123+456="
+    python sample.py --out_dir=out --method=ppots_mirror --seed=42 --prompt="123+456="
     python sample.py --method=mdm --prompt="123+456=" --show                one line per denoising step
     python sample.py --method=mdm --prompt="123+456=_5_9"                   `_` marks what is to be filled in
     python sample.py --method=arm --file=prompts.txt                        one prompt per line; ARMs go left to right
@@ -33,9 +33,13 @@ def parse_args(argv=None):
 
 
 def load_model(out_dir, method, seed=None, device="cpu"):
-    """One seed's model, S = 1, as trained, and its data set: (model, data, seed). Raises UserError."""
-    checkpoint = train.load_checkpoint(train.checkpoint_path(out_dir, method))
-    cfg, seeds = train.Config(**checkpoint["config"]), checkpoint["seeds"]
+    """One seed's model, S = 1, as trained, and its data set: (model, data). Raises UserError."""
+    path = train.checkpoint_path(out_dir, method)
+    checkpoint = train.load_checkpoint(path)
+    try:
+        cfg, seeds = train.Config(**checkpoint["config"]), checkpoint["seeds"]
+    except TypeError:
+        raise train.UserError(f"{path} is of another version of this program; train again") from None
     seed = seeds[0] if seed is None else seed
     if seed not in seeds:
         raise train.UserError(f"--seed={seed} was not trained there; trained seeds: {', '.join(map(str, seeds))}")
@@ -43,14 +47,14 @@ def load_model(out_dir, method, seed=None, device="cpu"):
     model, _ = train.build(cfg, method, [seed], data, "cpu")
     row = seeds.index(seed)
     model.load_state_dict({k: v[row : row + 1] for k, v in checkpoint["state"]["model"].items()})
-    return model.to(device), data, seed
+    return model.to(device), data
 
 
 def encode_prompt(data, prompt):
-    """Token ids (T,) of a prompt, with mask tokens for the rest and wherever it has a `_`. Raises UserError."""
+    """Token ids of a prompt, a list of length T, with mask tokens for the rest and wherever it has a `_`. Raises UserError."""
     T, example = data.train.shape[1], data.decode(data.train[0, : data.prompt_len])
     if not data.prompt_len <= len(prompt) <= T:
-        raise train.UserError(f"prompt '{prompt}' has {len(prompt)} characters; {data.name} wants {data.prompt_len}, like {example}")
+        raise train.UserError(f"prompt '{prompt}' has {len(prompt)} characters; {data.name} wants {data.prompt_len}, like {example} (or up to {T} with part of the answer)")
     ids = []
     for c in prompt.ljust(T, "_"):
         try:
@@ -78,7 +82,7 @@ def sample(args):
     if not prompts:
         raise train.UserError('no prompt: give --prompt="..." or --file=...')
     device = train.pick_device(args.device)
-    model, data, _ = load_model(args.out_dir, method, args.seed, device)
+    model, data = load_model(args.out_dir, method, args.seed, device)
     x = torch.tensor([[encode_prompt(data, p) for p in prompts]], device=device)
     pos = torch.arange(data.prompt_len, x.shape[2], device=device)
     generator = torch.Generator(device).manual_seed(args.sample_seed)

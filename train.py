@@ -1,7 +1,7 @@
 """train.py - does variance reduction make masked diffusion training stable? Train the methods and compare them.
 
     python train.py                                        ARM, MDM and P-POTS+MIRROR, three seeds, one table
-    python train.py --method=pposts_mirror                 one method
+    python train.py --method=ppots_mirror                  one method (pposts_mirror is the same)
     python train.py --method=mdm,mdm_batch2,multi2,mirror  two-pass MIRROR next to controls of the same compute
     python train.py --n_seeds=32 --out_dir=out32           thirty-two seeds, trained as one batch
     python train.py --resume                               go on where a stopped run was
@@ -14,6 +14,7 @@ line per method and seed, and OUT_DIR/METHOD/ckpt.pt. How the methods work is in
 """
 import argparse
 import dataclasses
+import io
 import json
 import math
 import os
@@ -32,6 +33,7 @@ from data import arith
 from mdm import GPT, GPTConfig, method_name, parse_method
 
 PAPER_SEEDS = [42, 731, 20231]
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 
 def opt(default, why):
@@ -62,7 +64,7 @@ class Config:
     # the methods' own
     ppots_fit: str = opt("epr", "P-POTS: epr, the paper's fitted family, or grid, the measured curve itself")
     ppots_refits: int = opt(10, "P-POTS: how often the curve is measured; from scratch it moves, so once is not enough")
-    ppots_budget: float = opt(0.01, "P-POTS: share of the training's arithmetic that measuring it may cost")
+    ppots_budget: float = opt(0.01, "P-POTS: share of the training's arithmetic that the forward passes measuring it may cost")
     isad_tokens: str = opt("", "ISAD: its rare tokens, as one string (default: separators in the response, else its 2 rarest)")
     # evaluation, files, machine
     eval_every: int = opt(250, "steps between evaluations, progress lines and checkpoints")
@@ -158,10 +160,10 @@ def check(cfg):
 def pick_device(name):
     if name == "auto":
         if torch.cuda.is_available() and WORLD_SIZE > 1:
-            return f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device={name} cannot be used on this machine; leave it out to take what there is") from None
     return name
@@ -179,7 +181,7 @@ def stream(seed, purpose, block=0, device="cpu"):
     return torch.Generator(device).manual_seed(int(key))
 
 
-def draw_block(cfg, method, seeds, block, n_steps, batch_size, n_train, n, device):
+def draw_block(method, seeds, block, n_steps, batch_size, n_train, n, device):
     """All the random numbers of n_steps steps, in a few large draws: idx, u (K, S, B), r (K, copies, S, B, n)."""
     K, B, copies = n_steps, batch_size, 2 if "multi2" in method else 1
     idx, u, r = [], [], []
@@ -230,11 +232,13 @@ def train(cfg, method, seeds, data, device="cpu", state=None, report=None, stop=
 
     fresh = {"step": 0, "curve": [], "seconds": 0.0, "pilot_tokens": 0, "loss_sum": None, "loss_steps": 0, "table": None,
              "theta": None, "ema": None}  # fmt: skip
-    state = dict(state or fresh)
+    state = {**fresh, **(state or {})}
+    state["curve"] = list(state["curve"])
     if state["step"] > 0:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    table, theta, ema, loss_sum = (None if state[k] is None else state[k].to(device) for k in ("table", "theta", "ema", "loss_sum"))
+    table, ema, loss_sum = (None if state[k] is None else state[k].to(device) for k in ("table", "ema", "loss_sum"))
+    theta = state["theta"]  # EPR is fitted on the CPU, in float64
     if "ema" in method and ema is None:
         ema = torch.zeros(S, 10, device=device)
     block_steps = max(1, min(64, 2**20 // (B * n)))  # the same for any number of seeds, or streams would shift
@@ -249,10 +253,11 @@ def train(cfg, method, seeds, data, device="cpu", state=None, report=None, stop=
                      forward_tokens=step * B * M * T + state["pilot_tokens"], n_params=sum(p[0].numel() for p in params))  # fmt: skip
         return report(state) if report else False
 
-    for step in range(state["step"], steps):
+    first_step = state["step"]
+    for step in range(first_step, steps):
         block, i = divmod(step, block_steps)
-        if i == 0 or step == state["step"]:
-            idx, u, r = draw_block(cfg, method, seeds, block, block_steps, B, len(train_x), n, device)
+        if i == 0 or step == first_step:
+            idx, u, r = draw_block(method, seeds, block, block_steps, B, len(train_x), n, device)
         if "ppots" in method and step % refit_every == 0 and step // refit_every < cfg.ppots_refits:
             table, theta, pilot = refit_ppots(cfg, method, seeds, model, train_x, pos, step, steps * B * M, theta)
             state["pilot_tokens"] += pilot * T
@@ -307,7 +312,6 @@ def refit_ppots(cfg, method, seeds, model, train_x, pos, step, budget_sequences,
     idx = torch.stack([torch.randint(len(train_x), (X,), generator=g, device=device) for g in generators])
     r = torch.stack([torch.rand(X, n_counts, K, n, generator=g, device=device) for g in generators])
     counts, sums = mdm.measure_counts(model, train_x[idx], pos, r)
-    theta = None if theta is None else theta.cpu()
     table, theta = mdm.ppots_law(method, counts.cpu(), sums.cpu(), n, cfg.ppots_fit, cfg.eps, theta)
     return table.float().to(device), theta, X * n_counts * K
 
@@ -345,7 +349,8 @@ def evaluate(model, data, n_nll=None, rows=16384):
 
     test = test[:n_nll]
     if model.config.causal:
-        return accuracy.tolist(), mdm.token_nll(model, test.expand(S, -1, -1), pos).mean((1, 2)).tolist()
+        parts = [mdm.token_nll(model, x.expand(S, -1, -1), pos) for x in test.split(max(1, rows // S))]
+        return accuracy.tolist(), torch.cat(parts, 1).mean((1, 2)).tolist()
     mask, weight = mdm.nll_masks(len(pos), len(test), torch.Generator().manual_seed(0))
     K, total = mask.shape[1], 0.0
     step = max(1, rows // (S * K))
@@ -387,36 +392,50 @@ def load_checkpoint(path):
         raise UserError(f"{path} is not a checkpoint of this program, or is damaged; delete it and train again") from None
 
 
+def training_settings(cfg, method):
+    """The settings that this method's result depends on, as a dictionary."""
+    theirs = lambda k: k.startswith(("ppots_", "isad_")) and k.split("_")[0] not in method
+    return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_TRAINING and not theirs(k)}
+
+
 def resumable(cfg, method, seeds, path):
     """The state to go on from, or None when there is no checkpoint. Raises UserError when it is of another run."""
     if not os.path.exists(path):
         return None
     checkpoint = load_checkpoint(path)
-    ours, theirs = dataclasses.asdict(cfg), checkpoint["config"]
-    others = {k for k in ours if k.startswith(("ppots", "isad")) and k.split("_")[0] not in method}  # of no concern here
-    differ = [f"--{k}={theirs.get(k)}" for k in ours if k not in NOT_TRAINING | others and ours[k] != theirs.get(k)]
+    theirs = checkpoint["config"]
+    differ = [f"--{k}={theirs.get(k)}" for k, v in training_settings(cfg, method).items() if v != theirs.get(k)]
     differ += [f"--seeds={','.join(map(str, checkpoint['seeds']))}"] if checkpoint["seeds"] != seeds else []
     if differ:
         raise UserError(f"{path} was trained with {' '.join(differ)}: use these, or another --out_dir, or leave out --resume")
     return checkpoint["state"]
 
 
+def resumable_states(cfg, methods, seeds):
+    """resumable() for every method, read by process 0 and sent to the others."""
+    states = [None] * len(methods)
+    if cfg.resume and RANK == 0:
+        states = [resumable(cfg, m, seeds, checkpoint_path(cfg.out_dir, m)) for m in methods]
+    if cfg.resume and WORLD_SIZE > 1:
+        dist.broadcast_object_list(states)
+    return dict(zip(methods, states))
+
+
 def result_lines(cfg, method, seeds, state, device):
     """results.jsonl's dictionaries, one per seed."""
     for s, seed in enumerate(seeds):
         curve = [{"step": c["step"], "loss": c["loss"][s], "accuracy": c["accuracy"][s], "nll": c["nll"][s]} for c in state["curve"]]
-        yield {"method": method_name(method), "seed": seed, "dataset": cfg.dataset, "steps": state["steps"],
-               "batch_size": cfg.batch_size * (2 if "batch2" in method else 1), "accuracy": curve[-1]["accuracy"],
-               "nll": curve[-1]["nll"], "forward_tokens": state["forward_tokens"], "passes": mdm.n_passes(method),
-               "seconds": round(state["seconds"], 2), "seeds_trained_together": len(seeds), "n_params": state["n_params"],
-               "lr": cfg.lr, "n_layer": cfg.n_layer, "n_head": cfg.n_head, "n_embd": cfg.n_embd,
-               "torch": torch.__version__, "device": device, "curve": curve}  # fmt: skip
+        settings = {**training_settings(cfg, method), "steps": state["steps"], "batch_size": cfg.batch_size * (2 if "batch2" in method else 1)}
+        yield {"method": method_name(method), "seed": seed, **settings, "accuracy": curve[-1]["accuracy"], "nll": curve[-1]["nll"],
+               "forward_tokens": state["forward_tokens"], "passes": mdm.n_passes(method), "seconds": round(state["seconds"], 2),
+               "seeds_trained_together": len(seeds), "n_params": state["n_params"], "torch": torch.__version__, "device": device,
+               "curve": curve}  # fmt: skip
 
 
 def write_results(path, new):
     """Add lines to results.jsonl, in place of older ones of the same run. A torn last line is left out."""
-    same = ("method", "seed", "dataset", "steps", "batch_size", "lr", "n_layer", "n_head", "n_embd")
-    key = lambda line: tuple(line.get(k) for k in same)
+    outcome = {"accuracy", "nll", "forward_tokens", "passes", "seconds", "seeds_trained_together", "n_params", "torch", "device", "curve"}
+    key = lambda line: json.dumps({k: v for k, v in line.items() if k not in outcome | {"eval_every"}}, sort_keys=True)
     lines = {}
     if os.path.exists(path):
         with open(path, encoding="utf-8") as f:
@@ -433,9 +452,7 @@ def write_results(path, new):
 
 # ---------------------------------------------------------------------------------------------------------------
 # Many processes (torchrun): each trains a share of the seeds on a device of its own. Nothing is exchanged during training;
-# at every evaluation the shares are joined in process 0, which alone prints and writes.
-
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+# at every evaluation the shares are joined in process 0, which alone reads, writes and prints.
 
 
 def by_seed(f, *trees):
@@ -457,7 +474,7 @@ def share_of(state, start, stop):
 
 def join(states):
     """The state of all seeds, from the states of consecutive shares of them."""
-    return by_seed(lambda *xs: torch.cat([x.cpu() for x in xs]) if isinstance(xs[0], torch.Tensor) else sum(xs, []), *states)
+    return by_seed(lambda *xs: torch.cat(xs) if isinstance(xs[0], torch.Tensor) else sum(xs, []), *states)
 
 
 def gather(state, stop):
@@ -465,9 +482,12 @@ def gather(state, stop):
     if WORLD_SIZE == 1:
         return state, stop
     states, stops = [None] * WORLD_SIZE, [None] * WORLD_SIZE
-    dist.gather_object(by_seed(lambda x: x.cpu() if isinstance(x, torch.Tensor) else x, state), states if RANK == 0 else None)
+    buffer = io.BytesIO()  # as a file, so that tensors leave their device
+    torch.save(state, buffer)
+    dist.gather_object(buffer.getvalue(), states if RANK == 0 else None)
     dist.all_gather_object(stops, stop)
-    return join(states) if RANK == 0 else None, any(stops)
+    load = lambda content: torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    return join([load(content) for content in states]) if RANK == 0 else None, any(stops)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -509,7 +529,7 @@ def table(results, seeds):
         sd = f"{a.std(ddof=1):7.3f}" if len(a) > 1 else f"{'-':>7}"
         lines.append(f"{name:22} {rows[0]['passes']:>6} " + "".join(f"{v:>11}" for v in values) + f"{a.mean():8.3f}{sd}{a.min():7.3f}{a.max():7.3f}"
                      f"{np.mean([r['nll'] for r in rows]):8.4f}{rows[0]['forward_tokens'] * len(rows) / 1e6:9.1f}{rows[0]['seconds']:9.1f}")  # fmt: skip
-    lines.append("accuracy: whole response right; nll: nats per response token (MDM: the bound); Mtokens: forwarded in training, all seeds")
+    lines.append("accuracy: whole response right (solved: in 90 % of problems or more); nll: nats per response token (MDM: the bound); Mtokens: forwarded in training, all seeds")
     return "\n".join(lines)
 
 
@@ -538,10 +558,14 @@ def run(cfg, methods, seeds):
         rare_tokens(cfg, data)  # a wrong --isad_tokens should fail now, not after an hour
     if cfg.variance and frozenset() not in methods:
         raise UserError("--variance measures at the plain MDM's weights: add mdm to --method")
+    if cfg.variance and cfg.eps == 0:
+        raise UserError("--variance wants --eps above 0: at 0 the plain loss's variance is infinite")
     if len(seeds) < WORLD_SIZE:
         raise UserError(f"{WORLD_SIZE} processes for {len(seeds)} seeds: start at most one process per seed")
     results_path = os.path.join(cfg.out_dir, "results.jsonl")
-    states = {m: resumable(cfg, m, seeds, checkpoint_path(cfg.out_dir, m)) if cfg.resume else None for m in methods}
+    states = resumable_states(cfg, methods, seeds)
+    if RANK == 0:
+        write_file(os.path.join(cfg.out_dir, "config.json"), lambda f: f.write(json.dumps(dataclasses.asdict(cfg), indent=1).encode()))
     say(f"{cfg.dataset}: {len(data.train)} training problems such as {data.decode(data.train[0])}; seeds {seeds}; {cfg.steps} steps of "
         f"{cfg.batch_size} on {device} ({WORLD_SIZE} {'process' if WORLD_SIZE == 1 else 'processes'}, {torch.get_num_threads()} threads)")  # fmt: skip
 
@@ -630,23 +654,22 @@ def variance_row(cfg, method, model, x0, pos, data, seed, known):
         r = torch.rand(1, len(x0), min(n, 16), 4, n, generator=g, device=x0.device)
         counts, sums = mdm.measure_counts(model, x0[None], pos, r)
         table = mdm.ppots_law(method, counts.cpu(), sums.cpu(), n, cfg.ppots_fit, cfg.eps)[0]
-    parts, errors = [], []
-    for i, m in enumerate((method, method - {"ema"})):  # of the loss; of the gradient, which ema leaves alone
-        if n <= EXACT_MAX_N and "isad" not in method:
-            if ("arm" in m, n) not in known:
-                known["arm" in m, n] = mdm.grams(model, x0, pos)
-            law = None if "arm" in m else mdm.exact_law(m, n, None if table is None else table[0], cfg.eps, batch_size)
-            parts.append(mdm.exact_variance(law, *known["arm" in m, n][i]))
-        else:
-            rare = torch.isin(x0[:, pos], rare_tokens(cfg, data).to(x0.device)).cpu() if "isad" in m else None
-            law = None if table is None else table.float()
-            sampled = mdm.monte_carlo_variance(model, x0, pos, m, torch.Generator().manual_seed(seed), law, cfg.eps, rare,
-                                               batch_size=batch_size)[i]  # fmt: skip
-            parts.append({k: v[0] for k, v in sampled.items()})
-            errors.append({k: v[1] for k, v in sampled.items()})
-    row = {"method": method_name(method), "passes": mdm.n_passes(method - {"steps2"}), "loss": parts[0], "gradient": parts[1]}
-    if errors:
-        row.update(loss_error=errors[0], gradient_error=errors[1])
+    if n <= EXACT_MAX_N and "isad" not in method:
+        if ("arm" in method, n) not in known:
+            known["arm" in method, n] = mdm.grams(model, x0, pos)
+        law = lambda m: None if "arm" in m else mdm.exact_law(m, n, None if table is None else table[0], cfg.eps, batch_size)
+        loss, gradient = (mdm.exact_variance(law(m), *K) for m, K in zip((method, method - {"ema"}), known["arm" in method, n]))
+        errors = {}
+    else:
+        rare = torch.isin(x0[:, pos], rare_tokens(cfg, data).to(x0.device)).cpu() if "isad" in method else None
+        sample = lambda m: mdm.monte_carlo_variance(model, x0, pos, m, torch.Generator().manual_seed(seed),
+                                                    None if table is None else table.float(), cfg.eps, rare, batch_size=batch_size)  # fmt: skip
+        loss, gradient = sample(method)
+        if "ema" in method:  # it steadies the loss and leaves the gradient alone
+            gradient = sample(method - {"ema"})[1]
+        errors = {f"{name}_error": {k: v[1] for k, v in part.items()} for name, part in (("loss", loss), ("gradient", gradient))}
+        loss, gradient = ({k: v[0] for k, v in part.items()} for part in (loss, gradient))
+    row = {"method": method_name(method), "passes": mdm.n_passes(method - {"steps2"}), "loss": loss, "gradient": gradient, **errors}
     if "batch2" in method:  # half the variance of a step, at twice the passes
         for part in [k for k in row if k.startswith(("loss", "gradient"))]:
             row[part] = {k: v if k == "mean" else v / 2 for k, v in row[part].items()}
@@ -661,6 +684,10 @@ def main(argv=None):
         return run(cfg, methods, seeds)
     except UserError as e:
         return fail(e)
+    except OSError as e:
+        return fail(f"cannot write to --out_dir={cfg.out_dir}: {e.strerror or e}; what was written before is safe")
+    except KeyboardInterrupt:
+        return 130
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

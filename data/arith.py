@@ -5,7 +5,8 @@
     sum4 ... sum8   3941=3267                running sums of the digits, mod 10
 
 What stands up to the first `=` is the prompt; the rest is the response, which alone is masked, generated and scored.
-Training and test problems are disjoint and come from a seed of their own: every run sees the same ones.
+Training and test problems are disjoint and come from a seed of their own: every run sees the same ones. (Not up to swapping the
+operands: 47*86 may be in one and 86*47 in the other, as it nearly always is in the small mul2, rarely in add3.)
 
 `python data/arith.py add3` prints a few.
 """
@@ -67,7 +68,7 @@ def make(name):
     n_train = min(N_TRAIN, total - 1000)
     numbers = np.random.default_rng(DATA_SEED).choice(total, n_train + N_TEST, replace=False)
     texts = [problem(name, int(i)) for i in numbers]
-    chars = "".join(sorted(set("0123456789").union(*texts[:1])))
+    chars = "".join(sorted(set("0123456789").union(texts[0])))
     table = np.zeros(128, dtype=np.int64)
     table[[ord(c) for c in chars]] = range(len(chars))
     ids = torch.from_numpy(table[np.frombuffer("".join(texts).encode(), dtype=np.uint8)]).view(len(texts), -1)
@@ -75,7 +76,10 @@ def make(name):
 
 
 if __name__ == "__main__":
-    data = make(sys.argv[1] if len(sys.argv) > 1 else "add3")
+    try:
+        data = make(sys.argv[1] if len(sys.argv) > 1 else "add3")
+    except ValueError as e:
+        sys.exit(f"error: {e}")
     print(f"{data.name}: {len(data.train)} training and {len(data.test)} test problems, vocabulary {data.chars!r}, "
           f"{data.prompt_len} prompt and {data.train.shape[1] - data.prompt_len} response tokens")  # fmt: skip
     print("\n".join(data.decode(row) for row in data.train[:5]))

@@ -130,7 +130,7 @@ def parts_of_a_step(cfg, data, device, S, repeats):
     refit = lambda: train.refit_ppots(cfg, method, seeds, model, train_x, pos, 0, cfg.steps * cfg.batch_size * 2, theta)
     theta = None
     table, theta, _ = refit()
-    block = lambda: train.draw_block(cfg, method, seeds, 0, K, cfg.batch_size, len(train_x), n, device)
+    block = lambda: train.draw_block(method, seeds, 0, K, cfg.batch_size, len(train_x), n, device)
     idx, u, r = block()
     spent = {}
     for i in range(repeats * 10):

@@ -454,3 +454,30 @@ def test_meaningless_methods_are_refused():
     assert parse_method("pposts_mirror") == parse_method("mirror_ppots") == parse_method("mdm_ppots_mirror")
     names = ["mdm", "arm", "arm_batch2", "mdm_batch2", "ppots_mirror", "exactk_strats_mirror"]
     assert [mdm.method_name(parse_method(n)) for n in names] == names
+
+
+def test_long_responses_are_interpolated_per_token():
+    """n = 64 with 16 counts: where every hidden token costs the same, H = c k, the curve is exact: E[l^2|t] = c^2 E[k^2]/(n t)^2."""
+    n, c, t = 64, 2.0, torch.tensor([0.02, 0.3, 0.9], dtype=torch.float64)
+    counts = torch.linspace(1, n, 16).round().long()
+    H = (c * counts.double())[None, None, :, None].expand(1, 5, -1, 2)
+    g2, v = mdm.curves(counts, H, t, n, eps=0.0)
+    torch.testing.assert_close(g2[0], torch.full((3,), c**2, dtype=torch.float64))
+    torch.testing.assert_close(v[0], c**2 * (1 - t) / (n * t))
+
+
+def test_no_rate_is_ever_given_up():
+    """A pilot that happened to see no loss at some count must not make its probability 0: that would be a bias."""
+    table = mdm.normalised(torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 0.0]]))
+    assert 0 < table[0, 0] < 1e-2 and table[1].tolist() == pytest.approx([1 / 3] * 3)
+    H = torch.zeros(1, 4, N, 2)
+    for name in ("ppots", "exactk_ppots"):
+        for fit in ("epr", "grid"):
+            table, _ = mdm.ppots_law(parse_method(name), torch.arange(1, N + 1), H, N, fit)
+            assert torch.isfinite(table).all() and (table > 0).all()
+
+
+def test_plain_variance_without_eps_is_refused():
+    with pytest.raises(ValueError, match="infinite"):
+        mdm.exact_law(frozenset(), N, eps=0.0)
+    assert math.isfinite(mdm.exact_law(parse_method("ppots"), N, TABLE_T[0], eps=0.0).second.max())

@@ -226,10 +226,15 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
                                   ["--seeds=x"], ["--seeds=-1"], ["--n_seeds=-2"], ["--seeds=1", "--n_seeds=2"], ["--steps=0"],
                                   ["--steps=1.5"], ["--lr=nan"], ["--lr=0"], ["--n_embd=15"], ["--device=cuda:99"], ["--nonsense=1"],
                                   ["--ppots_fit=x"], ["--isad_tokens=x", "--method=isad"], ["--method=arm", "--variance"],
-                                  ["--eps=1"], ["--batch_size=-1"]])  # fmt: skip
+                                  ["--eps=1"], ["--batch_size=-1"], ["--eps=0", "--variance"], ["--device=meta"]])  # fmt: skip
 def test_train_refuses(args, tmp_path, capsys):
     refused(capsys, train.main, [*FLAGS, f"--out_dir={tmp_path}", *args])
     assert not list(tmp_path.iterdir())
+
+
+def test_unwritable_out_dir(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "out_dir" in refused(capsys, train.main, [*FLAGS, f"--out_dir={tmp_path / 'file' / 'out'}"])
 
 
 def test_resume_refuses_another_run(tmp_path, capsys):
