@@ -626,9 +626,14 @@ def measure_variance(cfg, methods, seed, data, device, n_problems=64):
     arm = [frozenset({"arm"})] if frozenset({"arm"}) in methods else []
     methods = arm + [m for m in dict.fromkeys([*map(parse_method, VARIANCE_METHODS), *methods]) if "arm" not in m]
     x0, lines = data.test[:n_problems].to(device), []
+    began = reported = time.perf_counter()
     for trained in (False, True):
         rows, known = [], {}
-        for method in methods:
+        for i, method in enumerate(methods):
+            now, done = time.perf_counter(), i + trained * len(methods)
+            if now - reported > 10:
+                eta, reported = (now - began) / done * (2 * len(methods) - done), now
+                say(f"      variance  method {done}/{2 * len(methods)}  ETA {eta // 60:.0f}:{eta % 60:02.0f}")
             model, pos = build(cfg, method, [seed], data, device)
             if trained:
                 checkpoint = load_checkpoint(checkpoint_path(cfg.out_dir, method & {"arm"}))
@@ -647,8 +652,7 @@ def measure_variance(cfg, methods, seed, data, device, n_problems=64):
 def variance_row(cfg, method, model, x0, pos, data, seed, known):
     """One row for mdm.variance_table. Exact up to EXACT_MAX_N tokens to mask, by sampling (with standard errors) beyond,
     and for isad. known: the Gram matrices computed so far, by model and positions."""
-    n, batch_size = len(pos), cfg.batch_size * (2 if "batch2" in method else 1)
-    table = None
+    n, batch_size, table = len(pos), cfg.batch_size * (2 if "batch2" in method else 1), None
     if "ppots" in method:
         g = stream(seed, "pilot", 2**20, x0.device)  # a block that no training reaches
         r = torch.rand(1, len(x0), min(n, 16), 4, n, generator=g, device=x0.device)
@@ -661,6 +665,7 @@ def variance_row(cfg, method, model, x0, pos, data, seed, known):
         loss, gradient = (mdm.exact_variance(law(m), *K) for m, K in zip((method, method - {"ema"}), known["arm" in method, n]))
         errors = {}
     else:
+        x0 = x0[:24]  # each takes a dozen backward passes and more
         rare = torch.isin(x0[:, pos], rare_tokens(cfg, data).to(x0.device)).cpu() if "isad" in method else None
         sample = lambda m: mdm.monte_carlo_variance(model, x0, pos, m, torch.Generator().manual_seed(seed),
                                                     None if table is None else table.float(), cfg.eps, rare, batch_size=batch_size)  # fmt: skip
