@@ -22,9 +22,10 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=int, help="which seed's model (default: the first one trained)")
     parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
     parser.add_argument("--file", help="a UTF-8 text file with one prompt per line")
-    parser.add_argument("--steps", type=int, help="denoising steps; fewer than the response has tokens fills in several at once (default: one token per step)")
+    parser.add_argument("--steps", type=int, help="denoising steps; when fewer than tokens, several are filled in at once (default: one a step)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token, 1 samples from the model [0]")
-    parser.add_argument("--order", choices=["confidence", "random", "left"], default="confidence", help="which tokens an MDM fills in first [confidence]")
+    orders = ["confidence", "random", "left"]
+    parser.add_argument("--order", choices=orders, default="confidence", help="which tokens an MDM fills in first [confidence]")
     parser.add_argument("--sample_seed", type=int, default=0, help="seed of --temperature and --order=random [0]")
     parser.add_argument("--show", action="store_true", help="print the sequence after every step")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto [auto]")
@@ -54,7 +55,8 @@ def encode_prompt(data, prompt):
     """Token ids of a prompt, a list of length T, with mask tokens for the rest and wherever it has a `_`. Raises UserError."""
     T, example = data.train.shape[1], data.decode(data.train[0, : data.prompt_len])
     if not data.prompt_len <= len(prompt) <= T:
-        raise train.UserError(f"prompt '{prompt}' has {len(prompt)} characters; {data.name} wants {data.prompt_len}, like {example} (or up to {T} with part of the answer)")
+        wanted = f"{data.prompt_len}, like {example} (or up to {T} with part of the answer)"
+        raise train.UserError(f"prompt '{prompt}' has {len(prompt)} characters; {data.name} wants {wanted}")
     ids = []
     for c in prompt.ljust(T, "_"):
         try:

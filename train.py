@@ -94,7 +94,8 @@ def parse_args(argv=None):
             parser.add_argument(f"--{f.name}", action="store_true", help=text)
         else:
             text += f" [{f.default}]" if f.default not in ("", 0) else ""
-            parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default, metavar={int: "N", float: "X"}.get(type(f.default), "..."), help=text)
+            shown = {int: "N", float: "X", str: "..."}[type(f.default)]
+            parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default, metavar=shown, help=text)
     parser.error = lambda message: sys.exit(fail(message))
     cfg = Config(**vars(parser.parse_args(argv)))
     try:
