@@ -869,23 +869,31 @@ def nll_masks(n, X, generator, per_count=2, all_up_to=6):
 
 
 def demo():
-    """The paper's theory in one table, for an untrained model on toy sequences."""
+    """The paper's theory in two tables, for an untrained model on toy sequences."""
     x0 = torch.randint(10, (16, 10), generator=torch.Generator().manual_seed(0))
     x0[:, 6:] = (x0[:, :4] + x0[:, 2:6]) % 10  # six digits, and four sums of them
-    pos = torch.arange(6, 10)
+    pos, n = torch.arange(6, 10), 4
+    arm, model = (GPT(GPTConfig(10, 10, causal=causal), [torch.Generator().manual_seed(0)]) for causal in (True, False))
+    K_arm, K_mdm = grams(arm, x0, pos), grams(model, x0, pos)
+    pilot = measure_counts(model, x0[None], pos, torch.rand(1, 16, n, 4, n, generator=torch.Generator().manual_seed(1)))
+
+    def law(name, eps=1e-3, fit="epr"):
+        method = parse_method(name)
+        return exact_law(method, n, ppots_law(method, *pilot, n, fit, eps)[0][0] if "ppots" in method else None, eps)
+
     print("Variance of the training loss and of its gradient, untrained model, exact over all masks and rates, per sequence.")
     print("A masking pattern, B masking rate, C data. ratio: to mdm; x passes: the same times the forward passes it takes.\n")
     rows = []
     for name in "arm mdm ppots mirror ppots_mirror multi2 strats exactk exactk_mirror".split():
-        method, table = parse_method(name), None
-        model = GPT(GPTConfig(10, 10, causal=name == "arm"), [torch.Generator().manual_seed(0)])
-        if "ppots" in method:
-            r = torch.rand(1, 16, 4, 4, 4, generator=torch.Generator().manual_seed(1))
-            table = ppots_law(method, *measure_counts(model, x0[None], pos, r), n=4)[0][0]
-        law = None if name == "arm" else exact_law(method, 4, table)
-        loss, gradient = (exact_variance(law, *K) for K in grams(model, x0, pos))
-        rows.append({"method": name, "passes": n_masks(method), "loss": loss, "gradient": gradient})
+        loss, gradient = (exact_variance(None if name == "arm" else law(name), *K) for K in (K_arm if name == "arm" else K_mdm))
+        rows.append({"method": name, "passes": n_masks(parse_method(name)), "loss": loss, "gradient": gradient})
     print(variance_table(rows))
+
+    epsilons = [1e-2, 1e-3, 1e-4, 1e-5, 1e-6]
+    print("\nThe loss's total variance as eps -> 0: without bound, like log(1/eps), but for P-POTS and for exact counts.\n")
+    print(f"{'eps':22}" + "".join(f"{eps:10.0e}" for eps in epsilons))
+    for label, name, fit in [("mdm", "mdm", ""), ("ppots, EPR", "ppots", "epr"), ("ppots, as measured", "ppots", "grid"), ("exactk", "exactk", "")]:
+        print(f"{label:22}" + "".join(f"{exact_variance(law(name, eps, fit), *K_mdm[0])['total']:10.4g}" for eps in epsilons))
 
 
 if __name__ == "__main__":
