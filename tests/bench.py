@@ -177,7 +177,7 @@ def overheads(cfg, data, device, S, repeats):
     for method, other in pairs:
         ratios = []
         for _ in range(repeats):
-            t = [statistics.median(step_times(cfg, m, S, data, device, n=20)) for m in (method, other)]
+            t = [statistics.median(step_times(cfg, m, S, data, device, n=10)) for m in (method, other)]
             if "ppots" in method:
                 m = mdm.parse_method(method)
                 model, pos = train.build(cfg, m, list(range(S)), data, device)
@@ -245,7 +245,7 @@ def main():
         references["tiny-diffusion"] = tiny_diffusion_step(args.tiny_diffusion, cfg, data, device)
     seeds_and_methods(cfg, data, device, args.repeats, [int(s) for s in args.seeds.split(",")], args.methods.split(","), references)
     parts_of_a_step(cfg, data, device, 8, args.repeats)
-    overheads(cfg, data, device, 8, args.repeats)
+    overheads(cfg, data, device, 8, 3 * args.repeats)
 
 
 if __name__ == "__main__":
