@@ -408,7 +408,7 @@ def isad(p_mask, is_rare, delta=0.2):
 
 def clipped(u, beta=0.3, omega=0.8):
     """Clipped rates: t ~ U[beta, omega]. Attacks A; one pass; BIASED: a different mean of g(t).
-    (Arriola et al., arXiv 2503.09573, who call their estimate biased; the bounds are theirs for block size 16.)"""
+    (Arriola et al., arXiv 2503.09573, who call their estimate biased; the bounds are among those they use.)"""
     return beta + (omega - beta) * u
 
 
