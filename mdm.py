@@ -662,8 +662,8 @@ def n_rate_groups(method, batch_size):
 
 def exact_law(method, n, table=None, eps=1e-3, batch_size=64):
     """The Law of a method for n response tokens, by quadrature over u; the rates come from the same rate() that
-    training uses. table (cells,) float64. Costs 500 to 1500 nodes times 2^n, and 4^n numbers. Not for isad, whose weights depend on
-    the tokens. Raises ValueError for eps = 0 where the variance is then infinite: a plain 1/t."""
+    training uses. table (cells,) float64. Costs 2^n times 500 to 1500 nodes, and 4^n numbers. Not for isad, whose
+    weights depend on the tokens. Raises ValueError where the variance is infinite: a plain 1/t with eps = 0."""
     if eps == 0 and not method & {"exactk", "ppots", "clipped", "reclipped"}:
         raise ValueError("with eps = 0 the variance of the plain loss is infinite")
     if "exactk" in method and table is None:
