@@ -852,22 +852,21 @@ def generate(model, x, pos, steps=None, temperature=0.0, order="confidence", gen
         yield x
 
 
-def nll_masks(n, X, generator, per_count=2, all_up_to=6):
+def nll_masks(n, X, generator, strata=8, all_up_to=6):
     """The masks of the validation bound, the same for every method, by exact counts: mask (X, R, n), weight (X, R, n);
     the sum over R of mdm_loss estimates the bound of each of X sequences.
 
-    n <= all_up_to: all masks, so that it is exact. Else R = per_count * min(n, 16), the counts stratified into R strata,
-    with one random mask in each.
+    n <= all_up_to: all masks, so that it is exact. Else R = strata: one count k from each part of (0, n], and one random
+    mask of k tokens for each. That is exact_count, stratified: unbiased, and of little variance over sequences.
     """
     if n <= all_up_to:
         mask = all_masks(n)[1:].expand(X, -1, -1)
         k = mask.sum(-1)
         share = (1 / (n * log_choose(n, k).exp())).float()
     else:
-        R = per_count * min(n, 16)
-        k = ((torch.arange(R) + 1 - torch.rand(X, R, generator=generator)) / R * n).ceil().long()
-        mask = ranks(torch.rand(X, R, n, generator=generator)) < k[..., None]
-        share = torch.full((X, R), 1 / R)
+        k = ((torch.arange(strata) + 1 - torch.rand(X, strata, generator=generator)) / strata * n).ceil().long()
+        mask = ranks(torch.rand(X, strata, n, generator=generator)) < k[..., None]
+        share = torch.full((X, strata), 1 / strata)
     return mask, (share * n / k)[..., None].expand(mask.shape)
 
 

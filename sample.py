@@ -1,18 +1,26 @@
 """sample.py - ask a trained model.
 
     python sample.py --out_dir=out --method=ppots_mirror --seed=42 --prompt="123+456="
-    python sample.py --method=mdm --prompt="123+456=" --show                one line per denoising step
+    python sample.py --method=mdm --prompt="123+456=" --show                watch it unmask
     python sample.py --method=mdm --prompt="123+456=_5_9"                   `_` marks what is to be filled in
     python sample.py --method=arm --file=prompts.txt                        one prompt per line; ARMs go left to right
+
+Text (a model trained with --dataset=FILE or shakespeare_char):
+
+    python sample.py --method=mdm --temperature=0.8 --steps=16              a block from nothing, four tokens a step
+    python sample.py --method=mdm --prompt="ROMEO:" --temperature=0.8       go on from a beginning
+    python sample.py --method=mdm --prompt="KING ____:" --order=random      fill in the gaps, which no ARM can
 """
 import argparse
 import sys
+import time
 
 import torch
 
 import mdm
 import train
 from data import arith
+from data.text import Vocabulary
 
 
 def parse_args(argv=None):
@@ -20,81 +28,134 @@ def parse_args(argv=None):
     parser.add_argument("--out_dir", default="out", help="where train.py wrote its checkpoints [out]")
     parser.add_argument("--method", default="ppots_mirror", help="which method's model [ppots_mirror]")
     parser.add_argument("--seed", type=int, help="which seed's model (default: the first one trained)")
-    parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
+    parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated (text: default none)")
     parser.add_argument("--file", help="a UTF-8 text file with one prompt per line")
+    parser.add_argument("--mask_char", default="_", help="the character that marks, in a prompt, what is to be filled in [_]")
+    parser.add_argument("--length", type=int, help="text: tokens to show (default: the prompt's, if it has gaps, else block_size)")
     parser.add_argument("--steps", type=int, help="denoising steps; when fewer than tokens, several are filled in at once (default: one a step)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token, 1 samples from the model [0]")
     orders = ["confidence", "random", "left"]
     parser.add_argument("--order", choices=orders, default="confidence", help="which tokens an MDM fills in first [confidence]")
     parser.add_argument("--sample_seed", type=int, default=0, help="seed of --temperature and --order=random [0]")
-    parser.add_argument("--show", action="store_true", help="print the sequence after every step")
+    parser.add_argument("--show", action="store_true", help="show every step: animated in a terminal, else one line each")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto [auto]")
     parser.error = lambda message: sys.exit(train.fail(message))
     return parser.parse_args(argv)
 
 
 def load_model(out_dir, method, seed=None, device="cpu"):
-    """One seed's model, S = 1, as trained, and its data set: (model, data). Raises UserError."""
+    """One seed's model, S = 1, as trained: (model, its vocabulary, its settings). Raises UserError."""
     path = train.checkpoint_path(out_dir, method)
     checkpoint = train.load_checkpoint(path)
     try:
-        cfg, seeds = train.Config(**checkpoint["config"]), checkpoint["seeds"]
-    except TypeError:
+        cfg, seeds, weights = train.Config(**checkpoint["config"]), checkpoint["seeds"], checkpoint["state"]["model"]
+        vocabulary = Vocabulary(**checkpoint["vocabulary"])
+        row = 0 if seed is None else seeds.index(seed)
+        config = mdm.GPTConfig(len(vocabulary), weights["wpe"].shape[1], cfg.n_layer, cfg.n_head, cfg.n_embd, "arm" in method)
+        model = mdm.GPT(config, [torch.Generator()])
+        model.load_state_dict({k: v[row : row + 1] for k, v in weights.items()})
+    except ValueError:
+        raise train.UserError(f"--seed={seed} was not trained there; trained seeds: {', '.join(map(str, seeds))}") from None
+    except (TypeError, KeyError, RuntimeError):
         raise train.UserError(f"{path} is of another version of this program; train again") from None
-    seed = seeds[0] if seed is None else seed
-    if seed not in seeds:
-        raise train.UserError(f"--seed={seed} was not trained there; trained seeds: {', '.join(map(str, seeds))}")
-    data = arith.make(cfg.dataset)
-    model, _ = train.build(cfg, method, [seed], data, "cpu")
-    row = seeds.index(seed)
-    model.load_state_dict({k: v[row : row + 1] for k, v in checkpoint["state"]["model"].items()})
-    return model.to(device), data
+    return model.to(device), vocabulary, cfg
 
 
-def encode_prompt(data, prompt):
-    """Token ids of a prompt, a list of length T, with mask tokens for the rest and wherever it has a `_`. Raises UserError."""
-    T, example = data.train.shape[1], data.decode(data.train[0, : data.prompt_len])
-    if not data.prompt_len <= len(prompt) <= T:
-        wanted = f"{data.prompt_len}, like {example} (or up to {T} with part of the answer)"
-        raise train.UserError(f"prompt '{prompt}' has {len(prompt)} characters; {data.name} wants {wanted}")
+def encode(vocabulary, prompt, mask_char):
+    """Token ids of a prompt, with the mask token wherever it has a mask_char. Raises UserError."""
     ids = []
-    for c in prompt.ljust(T, "_"):
+    for i, part in enumerate(prompt.split(mask_char)):
         try:
-            ids += [len(data.chars)] if c == "_" else data.encode(c)
+            ids += ([len(vocabulary)] if i else []) + vocabulary.encode(part)
         except ValueError as e:
             raise train.UserError(f"prompt '{prompt}': {e}") from None
-    if len(data.chars) in ids[: data.prompt_len]:
-        raise train.UserError(f"prompt '{prompt}': only the response, after {example[-1]!r}, can be filled in")
     return ids
+
+
+def problem(data, T, prompt, mask_char):
+    """Arithmetic: a prompt's T token ids, the missing rest of the answer masked. Raises UserError."""
+    ids, example = encode(data.vocabulary, prompt, mask_char), data.decode(data.train[0, : data.prompt_len])
+    if not data.prompt_len <= len(ids) <= T:
+        wanted = f"{data.prompt_len}, like {example} (or up to {T} with part of the answer)"
+        raise train.UserError(f"prompt '{prompt}' has {len(ids)} characters; {data.name} wants {wanted}")
+    if len(data.vocabulary) in ids[: data.prompt_len]:
+        raise train.UserError(f"prompt '{prompt}': only the response, after {example[-1]!r}, can be filled in")
+    return ids + [len(data.vocabulary)] * (T - len(ids))
+
+
+def passage(vocabulary, T, prompt, mask_char, causal):
+    """Text: T token ids, and how many of them to show. The first, which models never predict, is a line feed, as a
+    prompt begins a line; what the prompt leaves open is masked. Raises UserError."""
+    ids, mask_id = encode(vocabulary, prompt, mask_char), len(vocabulary)
+    if len(ids) > T - 1:
+        raise train.UserError(f"prompt '{prompt}' has {len(ids)} tokens, the model's blocks have {T - 1}: shorten it")
+    if causal and mask_id in ids:
+        raise train.UserError(f"prompt '{prompt}' has gaps ({mask_char}): an ARM can only go on from a beginning; use an MDM's --method")
+    try:
+        first = vocabulary.encode("\n")[:1]
+    except ValueError:
+        first = [0]
+    return first + ids + [mask_id] * (T - 1 - len(ids)), len(ids) if mask_id in ids else T - 1
+
+
+def show(rows, animate, n_shown):
+    """Print the rows; in an animation over the n_shown lines printed last. Returns how many lines that made."""
+    text = "\n".join(rows)
+    if animate and n_shown:
+        time.sleep(0.05)
+        text = f"\x1b[{n_shown}A\x1b[J{text}"  # cursor up, clear to the end
+    print(text, flush=True)
+    return sum(row.count("\n") + 1 for row in rows)
 
 
 def sample(args):
     method = mdm.parse_method(args.method)
-    if args.steps is not None and args.steps < 1:
-        raise train.UserError(f"--steps must be at least 1, not {args.steps}")
+    for name in ("steps", "length"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise train.UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
     if not 0 <= args.temperature < float("inf"):
         raise train.UserError(f"--temperature must be at least 0, not {args.temperature}")
+    if not 0 <= args.sample_seed < 2**63:
+        raise train.UserError(f"--sample_seed must be at least 0 and below 2^63, not {args.sample_seed}")
+    if len(args.mask_char) != 1:
+        raise train.UserError(f"--mask_char must be one character, not '{args.mask_char}'")
     prompts = list(args.prompt)
     if args.file:
         try:
-            with open(args.file, encoding="utf-8") as f:
+            with open(args.file, encoding="utf-8-sig") as f:
                 prompts += [line for line in f.read().splitlines() if line]
         except (OSError, UnicodeDecodeError) as e:
             raise train.UserError(f"--file={args.file} cannot be read as UTF-8 text: {getattr(e, 'strerror', None) or e}") from None
-    if not prompts:
-        raise train.UserError('no prompt: give --prompt="..." or --file=...')
     device = train.pick_device(args.device)
-    model, data = load_model(args.out_dir, method, args.seed, device)
-    x = torch.tensor([[encode_prompt(data, p) for p in prompts]], device=device)
-    pos = torch.arange(data.prompt_len, x.shape[2], device=device)
+    model, vocabulary, cfg = load_model(args.out_dir, method, args.seed, device)
+    T = model.config.block_size
+    if train.is_text(cfg.dataset):
+        rows, shown = zip(*[passage(vocabulary, T, p, args.mask_char, model.config.causal) for p in prompts or [""]])
+        first, end = 1, 1 + min(args.length or max(shown), T - 1)
+    else:
+        if not prompts:
+            raise train.UserError('no prompt: give --prompt="..." or --file=...')
+        data = arith.make(cfg.dataset)
+        rows, first, end = [problem(data, T, p, args.mask_char) for p in prompts], 0, T
+    x = torch.tensor([rows], device=device)
+    pos = torch.arange(1 if train.is_text(cfg.dataset) else data.prompt_len, end, device=device)
     generator = torch.Generator(device).manual_seed(args.sample_seed)
+
+    lines = lambda x: [vocabulary.decode(row[first:end], args.mask_char) for row in x[0].tolist()]
+    animate, n_shown, n_passes, began = sys.stdout.isatty(), 0, 0, time.perf_counter()
+    n_tokens = int((x[0][:, pos] == model.config.vocab_size).sum())
     if args.show:
-        print("\n".join(data.decode(row) for row in x[0]))
+        n_shown = show(lines(x), animate, 0)
     for x in mdm.generate(model, x, pos, args.steps, args.temperature, args.order, generator):
+        n_passes += 1
         if args.show:
-            print("\n".join(data.decode(row) for row in x[0]))
+            n_shown = show(lines(x), animate, n_shown)
+    seconds = time.perf_counter() - began
     if not args.show:
-        print("\n".join(data.decode(row) for row in x[0]))
+        show(lines(x), False, 0)
+    each = n_tokens / len(rows)
+    print(f"{each:g} tokens a sequence in {n_passes} forward passes: {each / n_passes:.2f} tokens per pass, "
+          f"{n_tokens / seconds:.0f} tokens/s", file=sys.stderr)  # fmt: skip
     return 0
 
 
@@ -104,6 +165,8 @@ def main(argv=None):
         return sample(args)
     except (train.UserError, ValueError) as e:
         return train.fail(e)
+    except BrokenPipeError:  # `| head`
+        return 0
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@
     python train.py --n_seeds=32 --out_dir=out32           thirty-two seeds, trained as one batch
     python train.py --resume                               go on where a stopped run was
     python train.py --variance                             and measure the variance of each method, exactly
+    python train.py --dataset=shakespeare_char             text: Tiny Shakespeare, or --dataset=FILE for any of yours
+    python train.py --report --out_dir=out32               table, intervals and figures of results that are there
     torchrun --nproc_per_node=2 train.py --n_seeds=32      share the seeds over processes, GPUs or machines
 
 All seeds of a method train at once, along the leading axis of every parameter. Each seed has private random streams,
@@ -13,12 +15,14 @@ so its result depends neither on the other seeds nor on the other methods. Resul
 line per method and seed, and OUT_DIR/METHOD/ckpt.pt. How the methods work is in mdm.py.
 """
 import argparse
+import contextlib
 import dataclasses
 import io
 import json
 import math
 import os
 import pickle
+import platform
 import signal
 import sys
 import time
@@ -29,7 +33,7 @@ import torch
 import torch.distributed as dist
 
 import mdm
-from data import arith
+from data import arith, report, text
 from mdm import GPT, GPTConfig, method_name, parse_method
 
 PAPER_SEEDS = [42, 731, 20231]
@@ -49,7 +53,10 @@ class Config:
     method: str = opt("arm,mdm,ppots_mirror", "methods to compare, separated by commas; the paper's claim is about these three")
     seeds: str = opt("", "seeds, separated by commas (default: the paper's 42,731,20231)")
     n_seeds: int = opt(0, "or how many: the paper's three, then 0,1,2,...")
-    dataset: str = opt("add3", f"{', '.join(arith.DATASETS)}; add3 takes seconds a seed, and a plain MDM's seeds still disagree on it")
+    dataset: str = opt("add3", f"{', '.join(arith.DATASETS)}; or text: shakespeare_char, or the path of a UTF-8 file. add3 takes "
+                       "seconds a seed, and a plain MDM's seeds still disagree on it")  # fmt: skip
+    tokenizer: str = opt("char", "text: char for characters, or a tiktoken encoding such as gpt2, cut down to the tokens that occur")
+    block_size: int = opt(64, "text: tokens predicted per sequence, given one before them; nanoGPT's on a CPU")
     # training
     steps: int = opt(2000, "optimizer steps: the ARM has long solved add3 by then, while the plain MDM's seeds still disagree")
     batch_size: int = opt(64, "sequences per step and seed, all methods alike")
@@ -57,6 +64,8 @@ class Config:
     weight_decay: float = opt(0.01, "AdamW's, on every parameter; small, a model this size hardly overfits")
     grad_clip: float = opt(1.0, "largest gradient norm, of each seed by itself")
     eps: float = opt(1e-3, "smallest masking rate, as in LLaDA; it keeps the plain loss's variance finite (see mdm.py)")
+    init_from: str = opt("", "fine-tune: start every seed from the first seed of this run's OUT_DIR (its arm for arm, its mdm for the rest)")
+    until_nll: float = opt(0.0, "end a method's training at the first evaluation with a mean nll of at most this")
     # model
     n_layer: int = opt(2, "transformer blocks; two suffice for carries")
     n_head: int = opt(4, "attention heads")
@@ -71,12 +80,13 @@ class Config:
     out_dir: str = opt("out", "where results and checkpoints go")
     resume: bool = opt(False, "go on from the checkpoints in --out_dir, to the same numbers as if never stopped")
     variance: bool = opt(False, "after training, measure A, B and C of every method at one frozen model")
+    report: bool = opt(False, "train nothing: table, confidence intervals and figures (with matplotlib) of --out_dir's results")
     device: str = opt("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
 
 
 BETAS = (0.9, 0.98)  # AdamW; 0.98 as usual for small batches of heavy-tailed gradients
 WARMUP = 100  # steps
-NOT_TRAINING = {"method", "seeds", "n_seeds", "out_dir", "resume", "variance", "device"}  # these may change on --resume
+NOT_TRAINING = {"method", "seeds", "n_seeds", "out_dir", "resume", "variance", "report", "device"}  # these may change on --resume
 
 
 class UserError(Exception):
@@ -129,33 +139,72 @@ def parse_seeds(cfg):
     """The list of seeds. Raises ValueError for none, a negative one, or one given twice."""
     if cfg.n_seeds and cfg.seeds:
         raise ValueError("give --seeds or --n_seeds, not both")
-    if cfg.n_seeds < 0:
-        raise ValueError("--n_seeds must be at least 1")
+    if not 0 <= cfg.n_seeds <= 10**5:
+        raise ValueError("--n_seeds must be from 1 to 100000")
     if not cfg.seeds:
         return (PAPER_SEEDS + [i for i in range(cfg.n_seeds) if i not in PAPER_SEEDS])[: cfg.n_seeds or 3]
     try:
         seeds = [int(s) for s in cfg.seeds.split(",")]
     except ValueError:
         raise ValueError(f"--seeds wants whole numbers separated by commas, not '{cfg.seeds}'") from None
-    if min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise ValueError("--seeds must be at least 0, each given once")
+    if min(seeds) < 0 or max(seeds) >= 2**63 or len(set(seeds)) < len(seeds):
+        raise ValueError("--seeds must be at least 0, below 2^63, and each given once")
     return seeds
 
 
 def check(cfg):
     """Raises UserError, in one line, for a setting that cannot work."""
-    for name in ("steps", "batch_size", "n_layer", "n_head", "n_embd", "eval_every", "ppots_refits"):
-        if getattr(cfg, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(cfg, name)}")
+    for name in ("steps", "batch_size", "n_layer", "n_head", "n_embd", "eval_every", "ppots_refits", "block_size"):
+        if not 1 <= getattr(cfg, name) <= 10**9:
+            raise UserError(f"--{name} must be at least 1 and at most a billion, not {getattr(cfg, name)}")
     for name in ("lr", "grad_clip", "ppots_budget"):
         if not 0 < getattr(cfg, name) < math.inf:
             raise UserError(f"--{name} must be a positive number, not {getattr(cfg, name)}")
-    if not 0 <= cfg.weight_decay < math.inf or not 0 <= cfg.eps < 1:
-        raise UserError("--weight_decay must be at least 0 and --eps in [0, 1)")
+    if not 0 <= cfg.weight_decay < math.inf or not 0 <= cfg.until_nll < math.inf:
+        raise UserError("--weight_decay and --until_nll must be at least 0")
+    if not 0 <= cfg.eps < 1 or cfg.ppots_budget > 1:
+        raise UserError("--eps must be in [0, 1) and --ppots_budget in (0, 1]")
     if cfg.n_embd % cfg.n_head:
         raise UserError(f"--n_embd ({cfg.n_embd}) must be a multiple of --n_head ({cfg.n_head})")
     if cfg.ppots_fit not in ("epr", "grid"):
         raise UserError(f"--ppots_fit must be epr or grid, not '{cfg.ppots_fit}'")
+
+
+def load_data(cfg):
+    """The data set: data.arith.Arithmetic or data.text.Text, which offer the same. Raises UserError."""
+    try:
+        if cfg.dataset in arith.DATASETS:
+            return arith.make(cfg.dataset)
+        if cfg.dataset == "shakespeare_char":
+            return text.make(text.shakespeare(), cfg.block_size, cfg.tokenizer, cfg.dataset)
+        if os.path.exists(cfg.dataset):
+            return text.make(cfg.dataset, cfg.block_size, cfg.tokenizer)
+    except ValueError as e:
+        raise UserError(e) from None
+    raise UserError(f"unknown dataset '{cfg.dataset}': no file of that name, nor one of {', '.join(arith.DATASETS)}, shakespeare_char")
+
+
+def is_text(dataset):
+    return dataset not in arith.DATASETS
+
+
+def check_memory(cfg, methods, n_seeds, data, device):
+    """Refuse what cannot fit: a lower bound on memory (weights, gradients, Adam's moments, activations) against the machine's."""
+    C, L, T, S = cfg.n_embd, cfg.n_layer, data.test.shape[1], math.ceil(n_seeds / WORLD_SIZE)
+    n_params = 12 * L * C * C + C * (2 * len(data.vocabulary) + T)
+    n_activations = max(map(mdm.n_passes, methods)) * cfg.batch_size * T * (10 * L * C + len(data.vocabulary))
+    needed = 4 * S * (4 * n_params + n_activations)
+    if device.startswith("cuda"):
+        there = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf"):
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:  # Windows has no such call in the standard library
+        return
+    if needed > there:
+        raise UserError(f"this needs at least {needed / 2**30:.0f} GiB of memory, {device} has {there / 2**30:.0f}: {SMALLER}")
+
+
+SMALLER = "lower --n_seeds, --batch_size, --n_embd, --n_layer or --block_size"
 
 
 def pick_device(name):
@@ -203,42 +252,45 @@ def draw_block(method, seeds, block, n_steps, batch_size, n_train, n, device):
 
 def build(cfg, method, seeds, data, device):
     """A stacked model, one row per seed, and the positions (n,) that the method may mask."""
-    T = data.train.shape[1]
+    T = data.test.shape[1]
     causal = "arm" in method
-    gpt_config = GPTConfig(len(data.chars), T, cfg.n_layer, cfg.n_head, cfg.n_embd, causal)
+    gpt_config = GPTConfig(len(data.vocabulary), T, cfg.n_layer, cfg.n_head, cfg.n_embd, causal)
     model = GPT(gpt_config, [stream(seed, "init") for seed in seeds]).to(device)
     response = list(range(data.prompt_len, T))
-    pos = data.structural + response if "syrm" in method else response
+    pos = [*data.structural, *response] if "syrm" in method else response
     return model, torch.tensor(pos, device=device)
 
 
-def train(cfg, method, seeds, data, device="cpu", state=None, report=None, stop=None):
+def train(cfg, method, seeds, data, device="cpu", state=None, save=None, stop=None):
     """Train one method for all seeds at once. A plain function of its arguments: it prints and writes nothing.
 
-    cfg: Config; method: from parse_method; seeds: list of int; data: from data.arith.make; state: a dictionary from an
-    earlier call, to go on from; report(state): called after every evaluation, True ends the training there; stop(): asked
-    after every step, True ends it as well (report is called first). A state that was not "done" can be continued.
+    cfg: Config; method: from parse_method; seeds: list of int; data: from load_data; state: a dictionary from an earlier
+    call, to go on from, or only {"model": weights} to start with; save(state): called after every evaluation, True ends the training there; stop(): asked
+    after every step, True ends it as well (save is called first). A state that was not "done" can be continued.
     Returns the state: "step", "steps", "model", "optimizer", "curve" [{"step", "loss", "accuracy", "nll"}, with one
-    value per seed], "seconds", "forward_tokens", "n_params", "done", and what P-POTS and EMA remember.
+    value per seed], "seconds", "forward_tokens", "n_params", "done", "diverged" (S,), the step at which a seed's loss or
+    gradient stopped being finite (it learns no more from there on) or 0, and what P-POTS and EMA remember.
     """
     model, pos = build(cfg, method, seeds, data, device)
-    S, n, T = len(seeds), len(pos), data.train.shape[1]
+    S, n, T = len(seeds), len(pos), data.test.shape[1]
     B = cfg.batch_size * (2 if "batch2" in method else 1)
     steps = cfg.steps * (2 if "steps2" in method else 1)
     params = list(model.parameters())
     fused = device.startswith(("cpu", "cuda"))
     optimizer = torch.optim.AdamW(params, lr=cfg.lr, betas=BETAS, weight_decay=cfg.weight_decay, fused=fused)
-    train_x, arm, M = data.train.to(device), "arm" in method, mdm.n_masks(method)
+    train_x, arm, M = data.train_blocks(device), "arm" in method, mdm.n_masks(method)
     rare = rare_tokens(cfg, data).to(device) if "isad" in method else None
 
     fresh = {"step": 0, "curve": [], "seconds": 0.0, "pilot_tokens": 0, "loss_sum": None, "loss_steps": 0, "table": None,
-             "theta": None, "ema": None}  # fmt: skip
+             "theta": None, "ema": None, "diverged": None, "laws": []}  # fmt: skip
     state = {**fresh, **(state or {})}
-    state["curve"] = list(state["curve"])
-    if state["step"] > 0:
+    state["curve"], state["laws"] = list(state["curve"]), list(state["laws"])
+    if "model" in state:
         model.load_state_dict(state["model"])
+    if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
-    table, ema, loss_sum = (None if state[k] is None else state[k].to(device) for k in ("table", "ema", "loss_sum"))
+    table, ema, loss_sum, diverged = (None if state[k] is None else state[k].to(device) for k in ("table", "ema", "loss_sum", "diverged"))
+    diverged = torch.zeros(S, dtype=torch.int64, device=device) if diverged is None else diverged
     theta = state["theta"]  # EPR is fitted on the CPU, in float64
     if "ema" in method and ema is None:
         ema = torch.zeros(S, 10, device=device)
@@ -249,10 +301,10 @@ def train(cfg, method, seeds, data, device="cpu", state=None, report=None, stop=
 
     def snapshot(done):
         state.update(step=step, steps=steps, model=model.state_dict(), optimizer=optimizer.state_dict(), table=table,
-                     theta=theta, ema=ema, loss_sum=loss_sum, loss_steps=loss_steps, done=done,
+                     theta=theta, ema=ema, loss_sum=loss_sum, loss_steps=loss_steps, done=done, diverged=diverged,
                      seconds=state["seconds"] + time.perf_counter() - clock,
                      forward_tokens=step * B * M * T + state["pilot_tokens"], n_params=sum(p[0].numel() for p in params))  # fmt: skip
-        return report(state) if report else False
+        return save(state) if save else False
 
     first_step = state["step"]
     for step in range(first_step, steps):
@@ -260,10 +312,11 @@ def train(cfg, method, seeds, data, device="cpu", state=None, report=None, stop=
         if i == 0 or step == first_step:
             idx, u, r = draw_block(method, seeds, block, block_steps, B, len(train_x), n, device)
         if "ppots" in method and step % refit_every == 0 and step // refit_every < cfg.ppots_refits:
-            table, theta, pilot = refit_ppots(cfg, method, seeds, model, train_x, pos, step, steps * B * M, theta)
+            table, theta, pilot, law = refit_ppots(cfg, method, seeds, model, train_x, pos, step, steps * B * M, theta)
             state["pilot_tokens"] += pilot * T
+            state["laws"] += law
 
-        x0 = train_x[idx[i]]  # (S, B, T)
+        x0 = train_x[idx[i]].long()  # (S, B, T)
         if arm:
             loss = mdm.token_nll(model, x0, pos).mean(-1)
         else:
@@ -274,7 +327,8 @@ def train(cfg, method, seeds, data, device="cpu", state=None, report=None, stop=
         loss = loss.mean(-1)  # (S,)
         optimizer.zero_grad()
         loss.sum().backward()  # the sum, since seeds share no parameter: each gets the gradient of its own loss
-        clip_per_seed(params, cfg.grad_clip)
+        finite = clip_per_seed(params, cfg.grad_clip, (diverged == 0) & torch.isfinite(loss))
+        diverged = torch.where(finite | (diverged > 0), diverged, step + 1)
         for group in optimizer.param_groups:
             group["lr"] = cfg.lr * min((step + 1) / WARMUP, (steps - step) / max(1, steps - WARMUP), 1.0)
         optimizer.step()
@@ -282,12 +336,12 @@ def train(cfg, method, seeds, data, device="cpu", state=None, report=None, stop=
 
         step += 1
         if step % cfg.eval_every == 0 or step == steps:
-            accuracy, nll = evaluate(model, data, n_nll=len(data.test) if step == steps else 128)
-            state["curve"].append({"step": step, "loss": (loss_sum / loss_steps).tolist(), "accuracy": accuracy, "nll": nll})
+            scores = evaluate(model, data, n_nll=None if step == steps else 128)
+            state["curve"].append({"step": step, "loss": (loss_sum / loss_steps).tolist(), **scores})
             loss_sum, loss_steps = torch.zeros_like(loss_sum), 0
             ended = snapshot(done=step == steps)
             clock = time.perf_counter()
-            if ended:
+            if ended or state["done"]:
                 break
         if stop and stop() and step < steps:
             snapshot(done=False)
@@ -295,85 +349,130 @@ def train(cfg, method, seeds, data, device="cpu", state=None, report=None, stop=
     return state
 
 
-def clip_per_seed(params, max_norm):
-    """Scale each seed's gradient, over all its parameters, to at most max_norm."""
+def clip_per_seed(params, max_norm, alive):
+    """Scale each seed's gradient, over all its parameters, to at most max_norm; to nothing where a seed is not alive (S,)
+    or its gradient is not finite. Returns who is still alive (S,). Nothing waits for the device."""
     norm = sum(p.grad.flatten(1).square().sum(1) for p in params).sqrt()  # (S,)
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1)
+    alive = alive & torch.isfinite(norm)
+    scale = torch.where(alive, (max_norm / (norm + 1e-6)).clamp(max=1), 0)
     for p in params:
-        p.grad.mul_(scale.view(-1, *[1] * (p.dim() - 1)))
+        p.grad.nan_to_num_(0, 0, 0).mul_(scale.view(-1, *[1] * (p.dim() - 1)))
+    return alive
 
 
 def refit_ppots(cfg, method, seeds, model, train_x, pos, step, budget_sequences, theta):
-    """Measure P-POTS' curve again: its table, the EPR parameters, and the forward passes spent per seed. The pilot's size
-    follows from its budget: a training step on a sequence counts as three forward passes of it."""
+    """Measure P-POTS' curve again: its table, the EPR parameters, the forward passes spent per seed, and for the report a
+    list of {"step", "fitted", "measured"}, the law as it is sampled and as it was measured, (S, N_CELLS) (none for exactk).
+    The pilot's size follows from its budget: a training step on a sequence counts as three forward passes of it."""
     n, device = len(pos), train_x.device
     n_counts, K = min(n, 16), 2
     X = max(4, int(cfg.ppots_budget * 3 * budget_sequences / cfg.ppots_refits / (n_counts * K)))
     generators = [stream(seed, "pilot", step, device) for seed in seeds]
     idx = torch.stack([torch.randint(len(train_x), (X,), generator=g, device=device) for g in generators])
     r = torch.stack([torch.rand(X, n_counts, K, n, generator=g, device=device) for g in generators])
-    counts, sums = mdm.measure_counts(model, train_x[idx], pos, r)
-    table, theta = mdm.ppots_law(method, counts.cpu(), sums.cpu(), n, cfg.ppots_fit, cfg.eps, theta)
-    return table.float().to(device), theta, X * n_counts * K
+    counts, sums = (z.cpu() for z in mdm.measure_counts(model, train_x[idx].long(), pos, r))
+    table, theta = mdm.ppots_law(method, counts, sums, n, cfg.ppots_fit, cfg.eps, theta)
+    law = []
+    if "exactk" not in method:
+        law = [{"step": step, "fitted": table.float(), "measured": mdm.ppots_law(method, counts, sums, n, "grid", cfg.eps)[0].float()}]
+    return table.float().to(device), theta, X * n_counts * K, law
 
 
 def rare_tokens(cfg, data):
-    """ISAD's token ids: --isad_tokens, or the separators of the response, or else its two rarest tokens."""
-    count = data.train[:, data.prompt_len :].flatten().bincount(minlength=len(data.chars))
-    if cfg.isad_tokens:
-        try:
-            return torch.tensor(data.encode(cfg.isad_tokens))
-        except ValueError as e:
-            raise UserError(f"--isad_tokens: {e}") from None
-    separators = [i for i, c in enumerate(data.chars) if c in "+*=" and count[i] > 0]
-    return torch.tensor(separators or torch.where(count > 0, count, count.max() + 1).argsort()[:2].tolist())
+    """ISAD's token ids: --isad_tokens, or the data set's own choice."""
+    try:
+        return torch.tensor(data.encode(cfg.isad_tokens) if cfg.isad_tokens else data.rare, dtype=torch.int64)
+    except ValueError as e:
+        raise UserError(f"--isad_tokens: {e}") from None
 
 
 @torch.no_grad()
 def evaluate(model, data, n_nll=None, rows=16384):
-    """The same for every method, and deterministic: lists of one accuracy and one nll per seed.
+    """The same for every method, and deterministic: {"accuracy", "nll", "nll_se"}, each a list of one number per seed.
 
-    accuracy: share of test problems whose whole response is right, decoded greedily, one token per step. nll: nats per
-    response token on the first n_nll test problems, exact for an ARM; for an MDM the bound, from the fixed masks of
-    mdm.nll_masks (all of them for short responses). rows bounds the sequences in one forward batch.
+    accuracy (not for text): share of test problems whose whole response is right, decoded greedily, one token per step.
+    nll: nats per response token on n_nll test sequences (all of them if None), evenly spaced, with its standard error over
+    them; exact for an ARM; for an MDM the bound, by the fixed masks of mdm.nll_masks (stratified exact counts, or all
+    masks where the response is short). rows bounds the sequences in one forward batch.
     """
     test, S = data.test.to(model.wte.device), len(model.wte)
     pos = torch.arange(data.prompt_len, test.shape[1], device=test.device)
-    question = test.clone()
-    question[:, pos] = model.config.vocab_size
-    right = []
-    for part, answer in zip(question.split(max(1, rows // S)), test.split(max(1, rows // S))):
-        for x in mdm.generate(model, part.expand(S, -1, -1), pos):
-            pass
-        right.append((x == answer).all(-1))
-    accuracy = torch.cat(right, 1).float().mean(1)
+    scores = {}
+    if isinstance(data, arith.Arithmetic):
+        question = test.clone()
+        question[:, pos] = model.config.vocab_size
+        right = []
+        for part, answer in zip(question.split(max(1, rows // S)), test.split(max(1, rows // S))):
+            for x in mdm.generate(model, part.expand(S, -1, -1), pos):
+                pass
+            right.append((x == answer).all(-1))
+        scores["accuracy"] = torch.cat(right, 1).float().mean(1).tolist()
 
-    test = test[:n_nll]
+    n_nll = min(n_nll or len(test), len(test))
+    test = test[: n_nll] if "accuracy" in scores else test[torch.linspace(0, len(test) - 1, n_nll).round().long()]
     if model.config.causal:
-        parts = [mdm.token_nll(model, x.expand(S, -1, -1), pos) for x in test.split(max(1, rows // S))]
-        return accuracy.tolist(), torch.cat(parts, 1).mean((1, 2)).tolist()
-    mask, weight = mdm.nll_masks(len(pos), len(test), torch.Generator().manual_seed(0))
-    K, total = mask.shape[1], 0.0
-    step = max(1, rows // (S * K))
-    for x, m, w in zip(test.split(step), mask.to(test.device).split(step), weight.to(test.device).split(step)):
-        m, w = m.expand(S, -1, -1, -1), w.expand(S, -1, -1, -1)
-        nll = mdm.token_nll(model, x[:, None].expand(S, -1, K, -1), pos, m)
-        total = total + mdm.mdm_loss(nll, m, w).sum((1, 2))
-    return accuracy.tolist(), (total / len(test)).tolist()
+        nll = torch.cat([mdm.token_nll(model, x.expand(S, -1, -1), pos).mean(-1) for x in test.split(max(1, rows // S))], 1)
+    else:
+        mask, weight = mdm.nll_masks(len(pos), len(test), torch.Generator().manual_seed(0))
+        K, nll = mask.shape[1], []
+        step = max(1, rows // (S * K))
+        for x, m, w in zip(test.split(step), mask.to(test.device).split(step), weight.to(test.device).split(step)):
+            m, w = m.expand(S, -1, -1, -1), w.expand(S, -1, -1, -1)
+            nll.append(mdm.mdm_loss(mdm.token_nll(model, x[:, None].expand(S, -1, K, -1), pos, m), m, w).sum(-1))
+        nll = torch.cat(nll, 1)  # (S, n_nll)
+    return {**scores, "nll": nll.mean(1).tolist(), "nll_se": (nll.std(1) / n_nll**0.5).tolist()}
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # Files. Whatever is written is written to a temporary name and renamed: a killed run leaves the old file or the new one.
 
 
-def write_file(path, write):
+def write_file(path, content):
+    """Write bytes so that `path` holds either what it held before or all of the new, whatever happens meanwhile."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = f"{path}.tmp"
-    with open(temporary, "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise
+
+
+def to_bytes(checkpoint):
+    buffer = io.BytesIO()  # not straight into the file: torch would not say that the disk is full
+    torch.save(checkpoint, buffer)
+    return buffer.getvalue()
+
+
+def lock(out_dir):
+    """Keep others out of out_dir until this process ends, however it ends: the system lets go of the lock, even after
+    kill -9. Returns the open file. Raises UserError, naming the process that is in there."""
+    os.makedirs(out_dir, exist_ok=True)
+    f = open(os.path.join(out_dir, "lock"), "a+", encoding="utf-8")
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            f.seek(2**20)  # nobody can read what is locked there, so lock beyond the text
+            msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        f.seek(0)
+        raise UserError(f"--out_dir={out_dir} is in use by {f.read().strip()}: wait for it, or choose another --out_dir") from None
+    except OSError:
+        pass  # a file system without locks
+    f.truncate(0)
+    f.write(f"process {os.getpid()} on {platform.node()}, started {time.strftime('%Y-%m-%d %H:%M:%S')}")
+    f.flush()
+    return f
 
 
 def checkpoint_path(out_dir, method):
@@ -396,10 +495,11 @@ def load_checkpoint(path):
 def training_settings(cfg, method):
     """The settings that this method's result depends on, as a dictionary."""
     theirs = lambda k: k.startswith(("ppots_", "isad_")) and k.split("_")[0] not in method
-    return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_TRAINING and not theirs(k)}
+    unused = lambda k, v: k in ("tokenizer", "block_size") and not is_text(cfg.dataset) or k in ("init_from", "until_nll") and not v
+    return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in NOT_TRAINING and not theirs(k) and not unused(k, v)}
 
 
-def resumable(cfg, method, seeds, path):
+def resumable(cfg, method, seeds, data, path):
     """The state to go on from, or None when there is no checkpoint. Raises UserError when it is of another run."""
     if not os.path.exists(path):
         return None
@@ -409,46 +509,72 @@ def resumable(cfg, method, seeds, path):
     differ += [f"--seeds={','.join(map(str, checkpoint['seeds']))}"] if checkpoint["seeds"] != seeds else []
     if differ:
         raise UserError(f"{path} was trained with {' '.join(differ)}: use these, or another --out_dir, or leave out --resume")
+    if checkpoint["fingerprint"] != data.fingerprint:
+        raise UserError(f"{path} was trained on other data: {cfg.dataset} has changed since; use another --out_dir, or leave out --resume")
     return checkpoint["state"]
 
 
-def resumable_states(cfg, methods, seeds):
-    """resumable() for every method, read by process 0 and sent to the others."""
+def initial(cfg, method, seeds, data):
+    """--init_from: the state {"model"} in which every seed has the weights of that run's first seed. Raises UserError."""
+    path = checkpoint_path(cfg.init_from, method & {"arm"})
+    checkpoint = load_checkpoint(path)
+    theirs = checkpoint["config"]
+    differ = [f"--{k}={theirs.get(k)}" for k in ("n_layer", "n_head", "n_embd") if theirs.get(k) != getattr(cfg, k)]
+    if differ:
+        raise UserError(f"{path} has a model of {' '.join(differ)}: use these")
+    if checkpoint["vocabulary"] != dataclasses.asdict(data.vocabulary):
+        raise UserError(f"{path} was trained on {theirs['dataset']}, whose vocabulary is not that of {cfg.dataset}")
+    weights = {k: v[:1].expand(len(seeds), *v.shape[1:]) for k, v in checkpoint["state"]["model"].items()}
+    if weights["wpe"].shape[1] != data.test.shape[1]:
+        raise UserError(f"{path} was trained on sequences of {weights['wpe'].shape[1]} tokens; {cfg.dataset} has {data.test.shape[1]}")
+    return {"model": weights}
+
+
+def first_states(cfg, methods, seeds, data):
+    """What each method starts from: its checkpoint with --resume, weights with --init_from, or None. Read by process 0
+    and sent to the others."""
     states = [None] * len(methods)
-    if cfg.resume and RANK == 0:
-        states = [resumable(cfg, m, seeds, checkpoint_path(cfg.out_dir, m)) for m in methods]
-    if cfg.resume and WORLD_SIZE > 1:
+    if RANK == 0:
+        for i, method in enumerate(methods):
+            if cfg.resume:
+                states[i] = resumable(cfg, method, seeds, data, checkpoint_path(cfg.out_dir, method))
+            if cfg.init_from and states[i] is None:
+                states[i] = initial(cfg, method, seeds, data)
+    if (cfg.resume or cfg.init_from) and WORLD_SIZE > 1:
         dist.broadcast_object_list(states)
     return dict(zip(methods, states))
 
 
-def result_lines(cfg, method, seeds, state, device):
-    """results.jsonl's dictionaries, one per seed."""
+def result_lines(cfg, method, seeds, state, device, chars_per_token):
+    """results.jsonl's dictionaries, one per seed. What is not a finite number (of a seed that diverged) is null."""
+    finite = lambda x: x if math.isfinite(x) else None
     for s, seed in enumerate(seeds):
-        curve = [{"step": c["step"], "loss": c["loss"][s], "accuracy": c["accuracy"][s], "nll": c["nll"][s]} for c in state["curve"]]
+        curve = [{k: v if k == "step" else finite(v[s]) for k, v in c.items()} for c in state["curve"]]
+        scores = {k: curve[-1][k] for k in ("accuracy", "nll", "nll_se") if k in curve[-1]}
+        if is_text(cfg.dataset):
+            per_char = 1 / chars_per_token / math.log(2)
+            scores |= {f"bits_per_char{k}": scores[f"nll{k}"] and scores[f"nll{k}"] * per_char for k in ("", "_se")}
         settings = {**training_settings(cfg, method), "steps": state["steps"], "batch_size": cfg.batch_size * (2 if "batch2" in method else 1)}
-        yield {"method": method_name(method), "seed": seed, **settings, "accuracy": curve[-1]["accuracy"], "nll": curve[-1]["nll"],
+        yield {"method": method_name(method), "seed": seed, **settings, **scores, "diverged": int(state["diverged"][s]) or None,
                "forward_tokens": state["forward_tokens"], "passes": mdm.n_passes(method), "seconds": round(state["seconds"], 2),
                "seeds_trained_together": len(seeds), "n_params": state["n_params"], "torch": torch.__version__, "device": device,
                "curve": curve}  # fmt: skip
 
 
+def write_laws(path, method, seeds, state):
+    """ppots.jsonl: P-POTS' law of the first seed after each refit, as probabilities of mdm.py's N_CELLS cells of t."""
+    short = lambda p: [float(f"{x:.4g}") for x in p]
+    new = [{"method": method_name(method), "seed": seeds[0], "step": law["step"], "fitted": short(law["fitted"][0].tolist()),
+            "measured": short(law["measured"][0].tolist())} for law in state["laws"]]  # fmt: skip
+    lines = [line for line in report.read_lines(path) if line["method"] != method_name(method)] + new
+    write_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode("utf-8"))
+
+
 def write_results(path, new):
-    """Add lines to results.jsonl, in place of older ones of the same run. A torn last line is left out."""
-    outcome = {"accuracy", "nll", "forward_tokens", "passes", "seconds", "seeds_trained_together", "n_params", "torch", "device", "curve"}
-    key = lambda line: json.dumps({k: v for k, v in line.items() if k not in outcome | {"eval_every"}}, sort_keys=True)
-    lines = {}
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            for text in f:
-                try:
-                    line = json.loads(text)
-                    lines[key(line)] = line
-                except (json.JSONDecodeError, AttributeError):
-                    pass
-    lines.update({key(line): line for line in new})
-    text = "".join(json.dumps(line) + "\n" for line in lines.values())
-    write_file(path, lambda f: f.write(text.encode("utf-8")))
+    """Add lines to results.jsonl, in place of older ones of the same run."""
+    key = lambda line: json.dumps({k: v for k, v in line.items() if k not in report.OUTCOME | {"eval_every"}}, sort_keys=True)
+    lines = {key(line): line for line in report.read_lines(path) + new}
+    write_file(path, "".join(json.dumps(line) + "\n" for line in lines.values()).encode("utf-8"))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -478,17 +604,22 @@ def join(states):
     return by_seed(lambda *xs: torch.cat(xs) if isinstance(xs[0], torch.Tensor) else sum(xs, []), *states)
 
 
-def gather(state, stop):
-    """In process 0 the joined state, elsewhere None; and whether any process wants to stop."""
+def everyone(x):
+    """What each process has to say, as a list, the same in all of them."""
+    said = [x] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(said, x)
+    return said
+
+
+def gather(state):
+    """In process 0 the joined state, elsewhere None."""
     if WORLD_SIZE == 1:
-        return state, stop
-    states, stops = [None] * WORLD_SIZE, [None] * WORLD_SIZE
-    buffer = io.BytesIO()  # as a file, so that tensors leave their device
-    torch.save(state, buffer)
-    dist.gather_object(buffer.getvalue(), states if RANK == 0 else None)
-    dist.all_gather_object(stops, stop)
+        return state
+    states = [None] * WORLD_SIZE
+    dist.gather_object(to_bytes(state), states if RANK == 0 else None)  # as bytes, so that tensors leave their device
     load = lambda content: torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    return join([load(content) for content in states]) if RANK == 0 else None, any(stops)
+    return join([load(content) for content in states]) if RANK == 0 else None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -505,79 +636,49 @@ class Progress:
 
     def __init__(self, cfg, methods, states):
         self.work = {m: cfg.steps * mdm.n_passes(m) for m in methods}  # in forward passes of one plain batch
-        self.done = {m: self.work[m] * states[m]["step"] / states[m]["steps"] if states[m] else 0 for m in methods}
+        begun = {m: states[m] for m in methods if states[m] and "step" in states[m]}
+        self.done = {m: self.work[m] * begun[m]["step"] / begun[m]["steps"] if m in begun else 0 for m in methods}
         self.before, self.began = sum(self.done.values()), time.perf_counter()
 
     def line(self, method, seeds, state):
-        self.done[method] = self.work[method] * state["step"] / state["steps"]
+        self.done[method] = self.work[method] * (1 if state["done"] else state["step"] / state["steps"])
         done, elapsed = sum(self.done.values()), time.perf_counter() - self.began
         eta = elapsed * (sum(self.work.values()) - done) / (done - self.before)
         c, few = state["curve"][-1], len(seeds) <= 4
-        accuracy = " ".join(f"{a:.2f}" for a in c["accuracy"]) if few else f"{np.mean(c['accuracy']):.2f} (mean of {len(seeds)})"
+        show = lambda x: " ".join(f"{v:.2f}" for v in x) if few else f"{np.mean(x):.2f} (mean of {len(seeds)})"
+        accuracy = f"  accuracy {show(c['accuracy'])}" if "accuracy" in c else ""
         speed = state["forward_tokens"] * len(seeds) / state["seconds"]
         return (f"{method_name(method):>14}  step {state['step']:>{len(str(state['steps']))}}/{state['steps']}  loss {np.mean(c['loss']):6.3f}"
-                f"  accuracy {accuracy}  nll {np.mean(c['nll']):.3f}  {speed / 1e3:.0f}k tokens/s  ETA {eta // 60:.0f}:{eta % 60:02.0f}")  # fmt: skip
-
-
-def table(results, seeds):
-    """The final table, as text. results {method name: result lines}."""
-    few = len(seeds) <= 4
-    head = [f"seed {s}" for s in seeds] if few else ["solved"]
-    lines = [f"{'method':22}passes" + "".join(f"{h:>11}" for h in head) + "    mean     +-     SD    min    max     nll  Mtokens  seconds"]
-    for name, rows in results.items():
-        a, nll = (np.array([r[k] for r in rows]) for k in ("accuracy", "nll"))
-        values = [f"{x:.3f}" for x in a] if few else [f"{(a >= 0.9).sum()}/{len(a)}"]
-        sd = a.std(ddof=1) if len(a) > 1 else math.nan
-        lines.append(f"{name:22}{rows[0]['passes']:^6}" + "".join(f"{v:>11}" for v in values)
-                     + f"{a.mean():8.3f}{sd / len(a) ** 0.5:7.3f}{sd:7.3f}{a.min():7.3f}{a.max():7.3f}{nll.mean():8.4f}"
-                     + f"{rows[0]['forward_tokens'] * len(rows) / 1e6:9.1f}{rows[0]['seconds']:9.1f}")  # fmt: skip
-    return "\n".join(lines) + (
-        "\naccuracy: whole response right (solved: in 90 % of problems or more); +-: standard error of the mean; SD: over seeds;"
-        "\nnll: nats per response token (MDM: the bound); Mtokens: forwarded in training, all seeds; seconds: all seeds, evaluation included"
-    )
-
-
-def verdict(results, ours="ppots_mirror", base="mdm"):
-    """One sentence on the paper's claim, or None when the methods it is about were not both run."""
-    if ours not in results or base not in results:
-        return None
-    a, b = (np.array([r["accuracy"] for r in results[name]]) for name in (ours, base))
-    gain = 100 * (a - b)  # paired: the same seed has the same initial weights and data
-    text = f"P-POTS+MIRROR minus MDM: {gain.mean():+.1f} points of accuracy"
-    if len(a) > 1:
-        sd_a, sd_b = a.std(ddof=1), b.std(ddof=1)
-        text += f" (standard error {gain.std(ddof=1) / len(a) ** 0.5:.1f}, {len(a)} seeds); spread over seeds (SD) {sd_a:.3f} against {sd_b:.3f}"
-        text += f", ratio {sd_a / sd_b:.2f}" if sd_b > 0 else ""
-    text += f"; its worst seed {'beats' if a.min() > b.max() else 'does not beat'} MDM's best. It takes two forward passes a step"
-    rest = [f"{name} {100 * (a.mean() - np.mean([r['accuracy'] for r in results[name]])):+.1f}"
-            for name in ("mdm_batch2", "mdm_steps2", "multi2") if name in results]  # fmt: skip
-    if rest:
-        return text + ": against controls of the same compute its gain is " + ", ".join(rest) + "."
-    return text + ": for controls of the same compute add mdm_batch2,mdm_steps2,multi2 to --method."
+                f"{accuracy}  nll {np.mean(c['nll']):.3f}  {speed / 1e3:.0f}k tokens/s  ETA {eta // 60:.0f}:{eta % 60:02.0f}")  # fmt: skip
 
 
 def run(cfg, methods, seeds):
     """The comparison: train every method, write everything down, print the table. Returns the exit code."""
     check(cfg)
-    device = pick_device(cfg.device)
-    try:
-        data = arith.make(cfg.dataset)
-    except ValueError as e:
-        raise UserError(e) from None
+    if cfg.report:
+        return print_report(cfg.out_dir)
+    device, data = pick_device(cfg.device), load_data(cfg)
+    check_memory(cfg, methods, len(seeds), data, device)
     if "isad" in set().union(*methods):
         rare_tokens(cfg, data)  # a wrong --isad_tokens should fail now, not after an hour
+    if "syrm" in set().union(*methods) and not data.structural:
+        raise UserError(f"syrm masks the structural symbols of a prompt, and the prompts of {cfg.dataset} have none")
     if cfg.variance and frozenset() not in methods:
         raise UserError("--variance measures at the plain MDM's weights: add mdm to --method")
     if cfg.variance and cfg.eps == 0:
         raise UserError("--variance wants --eps above 0: at 0 the plain loss's variance is infinite")
     if len(seeds) < WORLD_SIZE:
         raise UserError(f"{WORLD_SIZE} processes for {len(seeds)} seeds: start at most one process per seed")
+    states = first_states(cfg, methods, seeds, data)
+    with lock(cfg.out_dir) if RANK == 0 else contextlib.nullcontext():
+        return compare(cfg, methods, seeds, data, device, states)
+
+
+def compare(cfg, methods, seeds, data, device, states):
+    """run(), once everything that can be wrong has been looked at."""
     results_path = os.path.join(cfg.out_dir, "results.jsonl")
-    states = resumable_states(cfg, methods, seeds)
-    if RANK == 0:
-        write_file(os.path.join(cfg.out_dir, "config.json"), lambda f: f.write(json.dumps(dataclasses.asdict(cfg), indent=1).encode()))
-    say(f"{cfg.dataset}: {len(data.train)} training problems such as {data.decode(data.train[0])}; seeds {seeds}; {cfg.steps} steps of "
-        f"{cfg.batch_size} on {device} ({WORLD_SIZE} {'process' if WORLD_SIZE == 1 else 'processes'}, {torch.get_num_threads()} threads)")  # fmt: skip
+    say(f"{cfg.dataset}: {data.describe()}; seeds {seeds}; {cfg.steps} steps of {cfg.batch_size} on {device} "
+        f"({WORLD_SIZE} {'process' if WORLD_SIZE == 1 else 'processes'}, {torch.get_num_threads()} threads)")  # fmt: skip
 
     interrupted = []
     ask_to_stop = lambda *_: sys.exit(130) if interrupted else interrupted.append(True)  # a second Ctrl-C does not wait
@@ -589,38 +690,61 @@ def run(cfg, methods, seeds):
         for method in methods:
             path, whole = checkpoint_path(cfg.out_dir, method), states[method]
 
-            def report(state):
+            def save(state):
+                """After every evaluation, and when stopped: the checkpoint and a line. True ends the training."""
                 nonlocal whole
-                whole, stop = gather(state, bool(interrupted))
+                evaluated = state["curve"] and state["curve"][-1]["step"] == state["step"]
+                nll = sum(everyone(state["curve"][-1]["nll"] if evaluated else [math.nan]), [])
+                stop, lost = (list(x) for x in zip(*everyone((bool(interrupted), bool((state["diverged"] > 0).all())))))
+                state["done"] = bool(state["done"] or np.mean(nll) <= cfg.until_nll or all(lost))
+                whole = gather(state)
                 if RANK == 0:
-                    content = {"config": dataclasses.asdict(cfg), "method": method_name(method), "seeds": seeds, "state": whole}
-                    write_file(path, lambda f: torch.save(content, f))
-                    if whole["curve"] and whole["curve"][-1]["step"] == whole["step"]:
+                    settings = {"config": dataclasses.asdict(cfg), "method": method_name(method), "seeds": seeds}
+                    content = {"vocabulary": dataclasses.asdict(data.vocabulary), "fingerprint": data.fingerprint, "state": whole}
+                    write_file(path, to_bytes({**settings, **content}))
+                    if evaluated:
                         say(progress.line(method, seeds, whole))
-                return stop
+                return any(stop)
 
-            if not (whole and whole["done"]):
+            if not (whole and whole.get("done")):
                 state = whole and share_of(whole, start, end)
                 # processes must stop together, so with several of them only where they meet: at evaluations
                 stop = (lambda: bool(interrupted)) if WORLD_SIZE == 1 else None
-                state = train(cfg, method, seeds[start:end], data, device, state, report, stop)
+                state = train(cfg, method, seeds[start:end], data, device, state, save, stop)
                 if not state["done"]:
                     say(f"stopped at step {state['step']} of {state['steps']}, saved in {path}; "
                         "the same command with --resume goes on from here")  # fmt: skip
                     return 130
             if RANK == 0:
-                results[method_name(method)] = list(result_lines(cfg, method, seeds, whole, device))
+                results[method_name(method)] = list(result_lines(cfg, method, seeds, whole, device, data.chars_per_token))
                 write_results(results_path, results[method_name(method)])
+                if whole["laws"]:
+                    write_laws(os.path.join(cfg.out_dir, "ppots.jsonl"), method, seeds, whole)
     finally:
         signal.signal(signal.SIGINT, previous)
     if RANK > 0:
         return 0
-    say("\n" + table(results, seeds))
-    say("\n" + (verdict(results) or "For the paper's claim run --method=arm,mdm,ppots_mirror."))
-    say(f"Results: {results_path}. Try: python sample.py --out_dir={cfg.out_dir} --method={list(results)[-1]} --seed={seeds[0]}"
-        f" --prompt=\"{data.decode(data.test[0, : data.prompt_len])}\" --show")  # fmt: skip
+    say("\n" + report.table(results, seeds))
+    say("\n" + (report.verdict(results) or "For the paper's claim run --method=arm,mdm,ppots_mirror."))
+    prompt = "" if is_text(cfg.dataset) else f' --prompt="{data.decode(data.test[0, : data.prompt_len])}"'
+    say(f"Results: {results_path}; intervals and figures: python train.py --report --out_dir={cfg.out_dir}\n"
+        f"Try: python sample.py --out_dir={cfg.out_dir} --method={list(results)[-1]} --seed={seeds[0]}{prompt} --show")  # fmt: skip
     if cfg.variance:
         measure_variance(cfg, methods, seeds[0], data, device)
+    return 0
+
+
+def print_report(out_dir):
+    """--report: tables and figures of the results in out_dir."""
+    lines = report.read_lines(os.path.join(out_dir, "results.jsonl"))
+    if not lines:
+        raise UserError(f"there are no results in {os.path.join(out_dir, 'results.jsonl')}; train something first, or check --out_dir")
+    for results in report.groups(lines):
+        first = next(iter(results.values()))[0]
+        print(f"{first['dataset']}, {first['n_layer']} layers of width {first['n_embd']}, learning rate {first['lr']}\n")
+        print(report.table(results), report.statistics(results), sep="\n\n")
+        print("\n" + (report.verdict(results) or "") + "\n")
+    print(report.figures(out_dir, lines))
     return 0
 
 
@@ -649,13 +773,15 @@ def measure_variance(cfg, methods, seed, data, device, n_problems=64):
                 checkpoint = load_checkpoint(checkpoint_path(cfg.out_dir, method & {"arm"}))
                 s = checkpoint["seeds"].index(seed)
                 model.load_state_dict({k: v[s : s + 1] for k, v in checkpoint["state"]["model"].items()})
+            elif cfg.init_from:
+                model.load_state_dict(initial(cfg, method, [seed], data)["model"])
             rows.append(variance_row(cfg, method, model, x0, pos, data, seed, known))
         where = "the plain MDM's final weights (the ARM at its own)" if trained else "initialisation"
         print(f"\nVariance per sequence at {where}, seed {seed}; A masking pattern, B masking rate, C data; ratio: to mdm")
         print(mdm.variance_table(rows), flush=True)
         lines += [{"at": "end" if trained else "initialisation", "seed": seed, "dataset": cfg.dataset, **row} for row in rows]
     path = os.path.join(cfg.out_dir, "variance.jsonl")
-    write_file(path, lambda f: f.write("".join(json.dumps(line) + "\n" for line in lines).encode("utf-8")))
+    write_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode("utf-8"))
     print(f"Biased methods (isad, syrm, clipped) estimate something else: compare them with care. Written to {path}")
 
 
@@ -701,12 +827,19 @@ def main(argv=None):
         return fail(e)
     except OSError as e:
         return fail(f"cannot write to --out_dir={cfg.out_dir}: {e.strerror or e}; what was written before is safe")
+    except (RuntimeError, MemoryError) as e:  # torch has a type of its own for this only on a GPU
+        if not isinstance(e, MemoryError) and not any(w in str(e) for w in ("out of memory", "allocate memory", "size calculation", "overflow")):
+            raise
+        return fail(f"out of memory: {SMALLER}; results and checkpoints written before are safe")
     except KeyboardInterrupt:
         return 130
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if WORLD_SIZE > 1:  # leave together and at once: torch's own tidying up, now and then, aborts a process that has finished
+        if dist.is_initialized() and code in (0, 130):
+            dist.barrier()
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

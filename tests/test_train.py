@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def test_evaluation_leaves_training_alone(data):
 def test_stopped_and_continued_is_uninterrupted(method, at, data, tmp_path):
     calls, cfg = [], train.Config(**TINY)
     save = lambda state: torch.save(state, tmp_path / "state.pt")
-    stopped = train.train(cfg, mdm.parse_method(method), [42, 7], data, report=save, stop=lambda: calls.append(1) or len(calls) == at)
+    stopped = train.train(cfg, mdm.parse_method(method), [42, 7], data, save=save, stop=lambda: calls.append(1) or len(calls) == at)
     assert stopped["step"] == at
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     resumed, whole = train.train(cfg, mdm.parse_method(method), [42, 7], data, state=state), go(data, method)
@@ -83,25 +84,29 @@ def test_streams_are_private():
 def test_the_gradient_is_clipped_for_each_seed_by_itself():
     p = torch.nn.Parameter(torch.zeros(2, 3))
     p.grad = torch.tensor([[3.0, 0, 4.0], [0.3, 0, 0.4]])
-    train.clip_per_seed([p], 1.0)
+    assert train.clip_per_seed([p], 1.0, torch.ones(2) > 0).tolist() == [True, True]
     torch.testing.assert_close(p.grad, torch.tensor([[0.6, 0, 0.8], [0.3, 0, 0.4]]), rtol=1e-5, atol=0)
 
 
-def test_a_seed_that_explodes_harms_no_other(data):
-    model, pos = train.build(train.Config(**TINY), frozenset(), [1, 2], data, "cpu")
-    with torch.no_grad():
-        model.wte[0] = torch.nan
-    x0 = data.train[:4].expand(2, -1, -1)
-    mask = torch.ones(2, 4, len(pos)) > 0
-    mdm.token_nll(model, x0, pos, mask).mean((1, 2)).sum().backward()
-    train.clip_per_seed(list(model.parameters()), 1.0)
-    assert all(torch.isfinite(p.grad[1]).all() for p in model.parameters())
+def test_a_seed_that_diverges_stops_and_harms_no_other(data):
+    """One seed's weights are too large to train: it is marked and left alone, the other trains as if by itself."""
+    cfg, method = train.Config(**TINY), frozenset()
+    model, _ = train.build(cfg, method, [1, 2], data, "cpu")
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    weights["head.weight"][0] = 1e38
+    state = train.train(cfg, method, [1, 2], data, state={"model": weights})
+    assert state["diverged"].tolist() == [1, 0] and all(torch.isfinite(v[1]).all() for v in state["model"].values())
+    alone = go(data, "mdm", seeds=[2])
+    assert state["curve"][-1]["nll"][1] == pytest.approx(alone["curve"][-1]["nll"][0], rel=1e-4)
+    first, second = train.result_lines(cfg, method, [1, 2], state, "cpu", 1.0)
+    assert first["diverged"] == 1 and second["diverged"] is None and json.loads(json.dumps(first, allow_nan=False))["curve"][0]["loss"] is None
 
 
 def test_nll_is_the_exact_bound(data):
     """evaluate's nll against equation (2), mask by mask with Beta integrals; and it does not depend on chunking."""
     model, pos = train.build(train.Config(**TINY), frozenset(), [1, 2], data, "cpu")
-    accuracy, nll = train.evaluate(model, data, n_nll=20)
+    scores = train.evaluate(model, data, n_nll=20)
+    accuracy, nll = scores["accuracy"], scores["nll"]
     n, x0, total = len(pos), data.test[:20].expand(2, -1, -1), 0.0
     for mask in mdm.all_masks(n)[1:]:
         k = int(mask.sum())
@@ -109,7 +114,7 @@ def test_nll_is_the_exact_bound(data):
         total = total + beta.exp() * (mdm.token_nll(model, x0, pos, mask.expand(2, 20, n)) * mask).sum(-1).mean(1) / n
     assert nll == pytest.approx(total.tolist(), rel=1e-4)
     small = train.evaluate(model, data, n_nll=20, rows=50)
-    assert small[0] == accuracy and small[1] == pytest.approx(nll, rel=1e-5)
+    assert small["accuracy"] == accuracy and small["nll"] == pytest.approx(nll, rel=1e-5)
 
 
 def test_accuracy_counts_whole_responses(data):
@@ -118,18 +123,18 @@ def test_accuracy_counts_whole_responses(data):
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
-        model.head.bias[..., data.chars.index("0")] = 1
+        model.head.bias[..., data.encode("0")[0]] = 1
     test = data.test.clone()
-    test[:100, data.prompt_len :] = data.chars.index("0")
-    right = (test[:, data.prompt_len :] == data.chars.index("0")).all(1).float().mean().item()
+    test[:100, data.prompt_len :] = data.encode("0")[0]
+    right = (test[:, data.prompt_len :] == data.encode("0")[0]).all(1).float().mean().item()
     assert right >= 100 / 512
-    assert train.evaluate(model, dataclasses.replace(data, test=test), 10)[0] == [pytest.approx(right)]
+    assert train.evaluate(model, dataclasses.replace(data, test=test), 10)["accuracy"] == [pytest.approx(right)]
 
 
 def test_ppots_law_is_refitted_and_costs_little(data):
     state = go(data, "ppots", steps=400, eval_every=400, ppots_refits=4, batch_size=16)
-    pilot = state["forward_tokens"] - 400 * 16 * data.train.shape[1]
-    assert 0 < pilot <= 0.01 * 3 * 400 * 16 * data.train.shape[1]
+    pilot = state["forward_tokens"] - 400 * 16 * data.test.shape[1]
+    assert 0 < pilot <= 0.01 * 3 * 400 * 16 * data.test.shape[1]
     assert not torch.equal(state["table"], go(data, "ppots", steps=100, eval_every=100, ppots_refits=1, batch_size=16)["table"])
     torch.testing.assert_close(state["table"].sum(-1), torch.ones(2))
 
@@ -192,22 +197,22 @@ def test_end_to_end(tmp_path, capsys):
 
 
 def test_resume_after_kill_9(tmp_path, capsys):
-    """Killed hard in the middle, then resumed: the same accuracy, nll and weights as never stopped."""
-    flags = [f for f in FLAGS if not f.startswith(("--steps", "--eval_every"))] + ["--steps=400", "--eval_every=5", "--method=mdm,ppots_mirror", "--seeds=1,2"]
-    out, ref = tmp_path / "out", tmp_path / "ref"
-    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags, f"--out_dir={out}"], stdout=subprocess.DEVNULL)
-    began = time.time()
-    while not (out / "mdm" / "ckpt.pt").exists() and time.time() - began < 60:
-        time.sleep(0.02)
-    time.sleep(0.3)
-    process.kill()
-    process.wait()
-    assert not (out / "ppots_mirror" / "ckpt.pt").exists()
+    """Killed hard at four random moments, also while a checkpoint is being written (it is, most of the time), and resumed
+    each time: the accuracy, nll and curves of a run never stopped."""
+    flags = [f for f in FLAGS if not f.startswith(("--steps", "--eval_every"))] + ["--steps=60", "--eval_every=1", "--method=mdm,ppots_mirror", "--seeds=1,2"]
+    out, ref, rng = tmp_path / "out", tmp_path / "ref", random.Random(0)
+    for _ in range(4):
+        process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags, f"--out_dir={out}", "--resume"], stdout=subprocess.PIPE)
+        process.stdout.readline()  # it is about to train
+        time.sleep(rng.uniform(0, 1.5))
+        process.kill()
+        process.communicate()
     assert train.main([*flags, f"--out_dir={out}", "--resume"]) == 0
     assert train.main([*flags, f"--out_dir={ref}"]) == 0
     drop = lambda line: {k: v for k, v in json.loads(line).items() if k != "seconds"}
     a, b = ([drop(x) for x in (d / "results.jsonl").read_text("utf-8").splitlines()] for d in (out, ref))
     assert a == b and len(a) == 4
+    assert not list(out.glob("**/*.tmp")) and not (out / "mdm" / "ckpt.pt.tmp").exists()
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
@@ -226,10 +231,140 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
                                   ["--seeds=x"], ["--seeds=-1"], ["--n_seeds=-2"], ["--seeds=1", "--n_seeds=2"], ["--steps=0"],
                                   ["--steps=1.5"], ["--lr=nan"], ["--lr=0"], ["--n_embd=15"], ["--device=cuda:99"], ["--nonsense=1"],
                                   ["--ppots_fit=x"], ["--isad_tokens=x", "--method=isad"], ["--method=arm", "--variance"],
-                                  ["--eps=1"], ["--batch_size=-1"], ["--eps=0", "--variance"], ["--device=meta"]])  # fmt: skip
+                                  ["--eps=1"], ["--batch_size=-1"], ["--eps=0", "--variance"], ["--device=meta"], ["--lr=inf"],
+                                  ["--until_nll=nan"], ["--n_embd=10000000000"], ["--n_embd=1000000"], ["--n_layer=1000000000"],
+                                  ["--batch_size=1000000000"], ["--n_seeds=1000000000"], ["--seeds=99999999999999999999"],
+                                  ["--dataset="], ["--dataset=/nonexistent.txt"], ["--dataset=."], ["--init_from=/nonexistent"],
+                                  ["--report"], ["--n_seeds=1e3"], ["--seeds=1,,2"], ["--steps=" + "9" * 5000]])  # fmt: skip
 def test_train_refuses(args, tmp_path, capsys):
     refused(capsys, train.main, [*FLAGS, f"--out_dir={tmp_path}", *args])
     assert not list(tmp_path.iterdir())
+
+
+def test_out_of_memory_is_one_line(tmp_path, capsys, monkeypatch):
+    """torch's own error, raised where it happens, for a tensor that no machine could hold."""
+    monkeypatch.setattr(train, "check_memory", lambda *a: None)
+    assert "--n_embd" in refused(capsys, train.main, [*FLAGS, f"--out_dir={tmp_path}", "--method=mdm", "--n_embd=1000000000"])
+
+    def another_error(*a):
+        raise RuntimeError("a bug of ours")
+
+    monkeypatch.setattr(train, "load_data", another_error)
+    with pytest.raises(RuntimeError, match="a bug of ours"):  # which must not be mistaken for it
+        train.main([*FLAGS, f"--out_dir={tmp_path}"])
+
+
+def test_disk_full(tmp_path):
+    """Files may not grow beyond a few kilobytes: the checkpoint cannot be written, one line says so, and what was there stays."""
+    flags = [*FLAGS, f"--out_dir={tmp_path}", "--seeds=1"]
+    assert train.main([*flags, "--method=mdm"]) == 0
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != "lock"}
+    program = f"""if True:
+        import resource, sys
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        import train
+        sys.exit(train.main({flags + ["--method=mdm,arm"]!r}))"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "cannot write" in done.stderr
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != "lock"} == before
+
+
+def test_two_runs_in_one_out_dir(tmp_path, capsys):
+    """The second is turned away and told who is in there, until the first is gone."""
+    flags = [*FLAGS, f"--out_dir={tmp_path}", "--method=mdm", "--seeds=1"]
+    process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags, "--steps=1000000"], stdout=subprocess.DEVNULL)
+    began = time.time()
+    while not (tmp_path / "mdm" / "ckpt.pt").exists() and time.time() - began < 60:
+        time.sleep(0.02)
+    assert f"process {process.pid}" in refused(capsys, train.main, flags)
+    process.kill()
+    process.wait()
+    assert train.main(flags) == 0
+
+
+def test_fine_tuning_starts_from_the_first_seed_of_another_run(tmp_path, capsys):
+    before, after = f"--out_dir={tmp_path / 'before'}", f"--out_dir={tmp_path / 'after'}"
+    wide = [f for f in FLAGS if not f.startswith("--dataset")]
+    assert train.main([*wide, before, "--dataset=mix3", "--method=arm,mdm", "--seeds=5,6"]) == 0
+    start = torch.load(tmp_path / "before" / "mdm" / "ckpt.pt", weights_only=True)["state"]["model"]
+    fine = [*wide, after, "--dataset=add3", f"--init_from={tmp_path / 'before'}", "--seeds=1,2,3"]
+    assert train.main([*fine, "--method=arm,ppots_mirror", "--lr=1e-12", "--eval_every=1"]) == 0
+    end = torch.load(tmp_path / "after" / "ppots_mirror" / "ckpt.pt", weights_only=True)["state"]["model"]
+    for k in start:
+        torch.testing.assert_close(end[k], start[k][:1].expand_as(end[k]), rtol=0, atol=1e-9)
+    assert json.loads((tmp_path / "after" / "results.jsonl").read_text("utf-8").splitlines()[0])["init_from"] == str(tmp_path / "before")
+    assert "--n_embd=16" in refused(capsys, train.main, [*fine, "--n_embd=32"])
+    assert "vocabulary" in refused(capsys, train.main, [*fine, "--dataset=mul2"])
+    assert "12 tokens" in refused(capsys, train.main, [*fine, "--dataset=add4"])
+
+
+def test_until_nll(tmp_path):
+    """Training ends at the first evaluation that is good enough, and counts as finished."""
+    flags = [*FLAGS, f"--out_dir={tmp_path}", "--method=arm", "--seeds=1,2", "--steps=300", "--eval_every=10", "--until_nll=2.2"]
+    assert train.main(flags) == 0 and train.main([*flags, "--resume"]) == 0
+    lines = [json.loads(x) for x in (tmp_path / "results.jsonl").read_text("utf-8").splitlines()]
+    nll = [sum(c["nll"] for c in point) / 2 for point in zip(*(x["curve"] for x in lines))]
+    assert len(nll) < 30 and nll[-1] <= 2.2 < min(nll[:-1])
+
+
+TEXT = "".join(f"{i} green bottles hanging on the wall,\n" for i in range(300))
+
+
+def test_text_end_to_end(tmp_path, capsys):
+    """Train on a file, resume, measure variances by sampling; sample from nothing, go on from a beginning, fill in gaps."""
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    flags = [f"--dataset={tmp_path / 'a.txt'}", "--block_size=16", "--eval_every=20", "--steps=40", f"--out_dir={tmp_path / 'out'}"]
+    code, out, _ = run(capsys, *flags, "--method=arm,mdm,ppots_mirror", "--seeds=1,2", "--variance")
+    assert code == 0 and "bits/char" in out and "nats per token" in out and "ETA" in out
+    lines = [json.loads(x) for x in (tmp_path / "out" / "results.jsonl").read_text("utf-8").splitlines()]
+    assert len(lines) == 6 and "accuracy" not in lines[0] and lines[0]["tokenizer"] == "char" and lines[0]["block_size"] == 16
+    for x in lines:
+        assert x["bits_per_char"] == pytest.approx(x["nll"] / 0.6931472) and 0 < x["nll_se"] < 0.5 and x["nll"] < x["curve"][0]["nll"]
+    variance = [json.loads(x) for x in (tmp_path / "out" / "variance.jsonl").read_text("utf-8").splitlines()]
+    assert all("gradient_error" in row for row in variance)
+    assert train.main(["--report", f"--out_dir={tmp_path / 'out'}"]) == 0
+    assert "P(better)" in capsys.readouterr().out
+
+    base = [f"--out_dir={tmp_path / 'out'}", "--device=cpu"]
+
+    def ask(*args, lines=True):
+        assert sample.main([*base, *args]) == 0
+        return capsys.readouterr().out
+
+    for method in ("arm", "mdm"):
+        whole = ask(f"--method={method}", "--temperature=1")
+        assert len(whole) == 16 + 1 and set(whole) <= set(TEXT)
+        assert ask(f"--method={method}", "--temperature=1", "--sample_seed=1") != whole
+        assert ask(f"--method={method}", "--prompt=12 gr").startswith("12 gr")
+    steps = ask("--method=mdm", "--prompt=12 gr", "--steps=5", "--show", "--order=random", "--mask_char=?").split("12 gr")[1:]
+    assert [s.count("?") for s in steps] == [11, 8, 6, 4, 2, 0]
+    filled = ask("--method=mdm", "--prompt=12 __een __tt")
+    assert len(filled) == 13 and filled[:3] == "12 " and filled[5:9] == "een " and filled[11:] == "tt\n"[:2] or "\n" in filled
+    assert len(ask("--method=mdm", "--length=5")) == 6
+    for args, message in (["--prompt=Q"], "'Q'"), (["--prompt=" + "1" * 17], "17 tokens"), (["--method=arm", "--prompt=1_"], "ARM"), (
+        ["--mask_char=ab"], "one character"), (["--length=0"], "--length"):  # fmt: skip
+        assert message in refused(capsys, sample.main, [*base, "--method=mdm", *args])
+
+    (tmp_path / "a.txt").write_text(TEXT.replace("wall", "hall"), encoding="utf-8")  # another text, the same characters
+    assert "has changed" in refused(capsys, train.main, [*FLAGS, *flags, "--method=mdm", "--seeds=1,2", "--resume"])
+    assert "syrm" in refused(capsys, train.main, [*FLAGS, *flags, "--method=syrm"])
+    assert train.main([*FLAGS, *flags, "--method=isad", "--seeds=1"]) == 0
+
+
+def test_an_arm_on_text_is_scored_as_nanogpt_scores(tmp_path):
+    """nll of block_size tokens given the one before them, each from the tokens before it: written out by hand."""
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    data = train.load_data(train.Config(dataset=str(tmp_path / "a.txt"), block_size=8))
+    model, pos = train.build(train.Config(**TINY), frozenset({"arm"}), [1], data, "cpu")
+    logits = model(data.test[None, :, :-1], torch.arange(8))[0]
+    wanted = torch.nn.functional.cross_entropy(logits.flatten(0, 1), data.test[:, 1:].flatten())
+    assert train.evaluate(model, data)["nll"] == [pytest.approx(wanted.item(), rel=1e-5)]
+
+
+def test_the_animation_redraws_its_lines(capsys):
+    assert sample.show(["ab", "c\nd"], True, 0) == 3
+    assert sample.show(["xy", "c\nd"], True, 3) == 3
+    assert capsys.readouterr().out == "ab\nc\nd\n\x1b[3A\x1b[Jxy\nc\nd\n"
 
 
 def test_unwritable_out_dir(tmp_path, capsys):
@@ -299,7 +434,8 @@ def test_two_processes_are_one(tmp_path):
     """torchrun with 2 processes: the same seeds, the same numbers, one results file and one checkpoint, resumable by one."""
     flags = [*FLAGS, "--method=ppots_mirror,ema", "--n_seeds=3"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", ROOT / "train.py", *flags]
-    subprocess.run([*torchrun, f"--out_dir={tmp_path / 'two'}"], check=True, capture_output=True, timeout=120)
+    done = subprocess.run([*torchrun, f"--out_dir={tmp_path / 'two'}"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
     assert train.main([*flags, f"--out_dir={tmp_path / 'one'}"]) == 0
     two, one = ([json.loads(x) for x in (tmp_path / d / "results.jsonl").read_text("utf-8").splitlines()] for d in ("two", "one"))
     assert [x["seed"] for x in two] == train.PAPER_SEEDS * 2

@@ -1,0 +1,344 @@
+"""What a comparison's results say: statistics over seeds, tables, figures. Reads results.jsonl; trains nothing.
+
+    python train.py --report --out_dir=out         the same as is printed at the end of a comparison, and the figures
+
+Accuracies of a tiny model over seeds are near 0 or near 1, so nothing here assumes a normal law: intervals are 95 % bootstrap
+intervals over seeds (percentiles of 10,000 resamples, from a fixed generator), resampled by seed where methods are
+compared, since a seed has the same data and, but for the ARM's, the same initial weights under every method. No seed is
+ever left out.
+"""
+import json
+import math
+import os
+
+import numpy as np
+
+# ---------------------------------------------------------------------------------------------------------------
+# Statistics. Arrays (..., n): the last axis is the seeds.
+
+
+def iqm(x):
+    """Interquartile mean (..., n) -> (...): the mean of the middle half; where a quarter of n is not whole, the outermost
+    of it count by the fraction (Agarwal et al. 2021, arXiv 2108.13264)."""
+    n = x.shape[-1]
+    weight = np.clip(np.minimum(np.arange(1, n + 1), np.arange(n, 0, -1)) - n / 4, 0, 1)
+    return np.sort(x, -1) @ weight / weight.sum()
+
+
+def sd(x):
+    """Standard deviation with n - 1; nan for a single seed."""
+    return x.std(-1, ddof=1) if x.shape[-1] > 1 else np.full(x.shape[:-1], np.nan)
+
+
+def sd_ratio(a, b):
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return sd(a) / sd(b)
+
+
+def improvement(a, b):
+    """Probability that a random seed of a beats a random seed of b, ties counting half: (..., n), (..., m) -> (...)."""
+    a, b = a[..., :, None], b[..., None, :]
+    return ((a > b) + 0.5 * (a == b)).mean((-2, -1))
+
+
+def interval(statistic, *samples, n_resamples=10_000, level=0.95):
+    """Bootstrap interval (low, high) of statistic(*samples), samples (n,) each, the same seeds resampled in all of them."""
+    rng, n = np.random.default_rng(0), len(samples[0])
+    draws = rng.integers(0, n, (n_resamples, n))
+    values = np.concatenate([statistic(*(x[part] for x in samples)) for part in np.array_split(draws, 10)])
+    values = values[~np.isnan(values)]  # a ratio to nothing has no value
+    if not len(values):
+        return math.nan, math.nan
+    return tuple(np.quantile(values, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf"))  # values may be infinite
+
+
+def noise_floor(accuracy, n_problems=512):
+    """The SD over seeds that testing on n_problems alone would bring, if all seeds were equally good: binomial."""
+    return np.sqrt((accuracy * (1 - accuracy)).mean(-1) / n_problems)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Results.
+
+
+# What a results line says of the outcome; all else in it says which run it was.
+OUTCOME = {"accuracy", "nll", "nll_se", "bits_per_char", "bits_per_char_se", "diverged", "forward_tokens", "passes", "seconds",
+           "seeds_trained_together", "n_params", "torch", "device", "curve"}  # fmt: skip
+
+
+def column(rows, key):
+    return np.array([math.nan if r.get(key) is None else r[key] for r in rows], dtype=float)
+
+
+def is_text(rows):
+    return "bits_per_char" in rows[0]
+
+
+def steps_to(row, accuracy=0.9):
+    """The first evaluation at which a seed had this accuracy, in steps; infinite if there is none."""
+    return next((c["step"] for c in row["curve"] if (c.get("accuracy") or 0) >= accuracy), math.inf)
+
+
+def groups(lines):
+    """Results that can be compared: a list of {method: lines by seed}, one for each setting of everything but the method."""
+    own = ("method", "seed", "ppots_", "isad_", "eval_every")
+    found = {}
+    for line in lines:
+        setting = {k: v for k, v in line.items() if k not in OUTCOME and not k.startswith(own)}
+        method = line["method"].split("_")
+        for k, word in (("steps", "steps2"), ("batch_size", "batch2")):
+            setting[k] = line[k] // 2 if word in method else line[k]
+        found.setdefault(json.dumps(setting, sort_keys=True), {}).setdefault(line["method"], []).append(line)
+    return [{name: sorted(rows, key=lambda r: r["seed"]) for name, rows in group.items()} for group in found.values()]
+
+
+def same_seeds(a, b):
+    """The rows of two methods for the seeds that both have, in the same order."""
+    common = {r["seed"] for r in a} & {r["seed"] for r in b}
+    return [r for r in a if r["seed"] in common], [r for r in b if r["seed"] in common]
+
+
+def table(results, seeds=None):
+    """The final table of a comparison, as text. results {method: result lines}; seeds: their order, if few."""
+    text, few = is_text(next(iter(results.values()))), seeds is not None and len(seeds) <= 4
+    head = [f"seed {s}" for s in seeds] if few else [] if text else ["solved"]
+    last = "bits/char" if text else "nll"
+    lines = [f"{'method':22}passes{'n':>4}" + "".join(f"{h:>11}" for h in head) + "    mean     +-     SD    min    max"
+             f"{last:>10}  Mtokens  seconds"]  # fmt: skip
+    for name, rows in results.items():
+        a = column(rows, "nll" if text else "accuracy")
+        values = [f"{x:.3f}" for x in a] if few else [] if text else [f"{(a >= 0.9).sum()}/{len(a)}"]
+        lines.append(f"{name:22}{rows[0]['passes']:^6}{len(a):4}" + "".join(f"{v:>11}" for v in values)
+                     + f"{a.mean():8.3f}{sd(a) / len(a) ** 0.5:7.3f}{sd(a):7.3f}{a.min():7.3f}{a.max():7.3f}"
+                     + f"{column(rows, 'bits_per_char' if text else 'nll').mean():10.4f}"
+                     + f"{sum(r['forward_tokens'] for r in rows) / 1e6:9.1f}{rows[0]['seconds']:9.1f}")  # fmt: skip
+    what = "accuracy: whole response right (solved: in 90 % of problems or more); nll: nats per response token (MDM: the bound)"
+    if text:
+        error = max(column(rows, "nll_se").max() for rows in results.values())
+        what = f"nats per token (MDM: the bound; each seed's standard error over the validation blocks: up to {error:.3f})"
+    lines += [what, "+-: standard error of the mean; SD: over seeds; Mtokens: forwarded in training, all seeds; seconds: all seeds trained together"]
+    for name, rows in results.items():
+        gone = [f"{r['seed']} (step {r['diverged']})" for r in rows if r.get("diverged")]
+        if gone:
+            lines.append(f"{name}: loss or gradient not finite, training stopped there but counted as it stands: seed {', '.join(gone)}")
+    return "\n".join(lines)
+
+
+def statistics(results):
+    """The second table: intervals, spreads and comparisons, each method against the plain MDM on the same seeds."""
+    text = is_text(next(iter(results.values())))
+    key = "nll" if text else "accuracy"
+    show = lambda x, i, w=5: f"{x:{w}.3f} [{i[0]:.3f},{i[1]:.3f}]"
+    head = ["mean", "IQM", "SD", "min", "max", "minus mdm", "P(better)", "SD / mdm's", "SD / arm's"]
+    head += [] if text else ["to 90 %", "nll", "SD of nll"]
+    width = [20] * 5 + [22] * 4 + [9, 7, 11]
+    lines = [f"{'method':22}" + "".join(f"{h:>{w}}" for h, w in zip(head, width))]
+    for name, rows in results.items():
+        a = column(rows, key)
+        cells = [show(f(a), interval(f, a)) for f in (lambda x: x.mean(-1), iqm, sd, lambda x: x.min(-1), lambda x: x.max(-1))]
+        for base in ("mdm", "arm"):
+            if base not in results or name == base:
+                cells += ["-"] * (3 if base == "mdm" else 1)
+                continue
+            x, y = (column(r, key) for r in same_seeds(rows, results[base]))
+            if base == "mdm":
+                better = (lambda p, q: improvement(q, p)) if text else improvement
+                cells += [show(f(x, y), interval(f, x, y), 6) for f in (lambda p, q: (p - q).mean(-1), better)]
+            ratio = lambda v: f"{v:.2f}" if v < 10 else f"{v:.0f}"
+            cells += ["{} [{},{}]".format(*map(ratio, (sd_ratio(x, y), *interval(sd_ratio, x, y))))]
+        if not text:
+            reached, nll = np.array([steps_to(r) for r in rows]), column(rows, "nll")
+            cells += [f"{np.median(reached):.0f}", f"{nll.mean():.3f}", f"{sd(nll):.3f}"]
+        lines.append(f"{name:22}" + "".join(f"{c:>{w}}" for c, w in zip(cells, width)))
+    lines.append(f"of the {'nll in nats per token' if text else 'accuracy'}; [95 % bootstrap interval over seeds]; minus mdm: by seed; P(better): "
+                 "that a random seed beats a random one of mdm; to 90 %: median steps, inf if fewer than half get there")  # fmt: skip
+    if not text:
+        floors = ", ".join(f"{name} {noise_floor(column(rows, key)):.3f}" for name, rows in results.items())
+        lines.append(f"SD that testing on 512 problems alone would bring: {floors}")
+    return "\n".join(lines)
+
+
+def verdict(results, ours="ppots_mirror", base="mdm"):
+    """One sentence on the paper's claim, or None when the methods it is about were not both run."""
+    if ours not in results or base not in results:
+        return None
+    text = is_text(results[base])
+    key, unit, by = ("nll", "nats per token", 1) if text else ("accuracy", "points of accuracy", 100)
+    a, b = (column(rows, key) for rows in same_seeds(results[ours], results[base]))
+    gain = by * (a - b)  # paired: the same seed has the same initial weights and data
+    line = f"P-POTS+MIRROR minus MDM: {gain.mean():+.{3 if text else 1}f} {unit}"
+    if len(a) > 1:
+        line += f" (standard error {sd(gain) / len(a) ** 0.5:.{3 if text else 1}f}, {len(a)} seeds); spread over seeds (SD) {sd(a):.3f} against {sd(b):.3f}"
+        line += f", ratio {sd(a) / sd(b):.2f}" if sd(b) > 0 else ""
+    wins = a.max() < b.min() if text else a.min() > b.max()
+    line += f"; its worst seed {'beats' if wins else 'does not beat'} MDM's best. It takes two forward passes a step"
+    controls = [name for name in ("mdm_batch2", "mdm_steps2", "multi2") if name in results]
+    if controls:
+        rest = [f"{name} {by * (a.mean() - column(results[name], key).mean()):+.{3 if text else 1}f}" for name in controls]
+        return line + ": against controls of the same compute the difference is " + ", ".join(rest) + "."
+    return line + ": for controls of the same compute add mdm_batch2,mdm_steps2,multi2 to --method."
+
+
+def read_lines(path):
+    """The dictionaries in a JSONL file, none if it is not there; a torn line is left out."""
+    lines = []
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as f:
+            for text in f:
+                try:
+                    lines += [line] if isinstance(line := json.loads(text), dict) else []
+                except json.JSONDecodeError:
+                    pass
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Figures, with matplotlib if it is there. Colours are Okabe and Ito's, which colour-blind readers can tell apart.
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
+
+
+def figures(out_dir, lines):
+    """Write the figures into out_dir; returns a line saying which, or why not."""
+    try:
+        import matplotlib
+    except ImportError:
+        return "no figures: they need matplotlib (pip install matplotlib)"
+    matplotlib.use("Agg")  # files only, no screen needed
+    matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "mdm"})
+    names = []
+    for i, results in enumerate(groups(lines)):
+        end = f"_{i + 1}" if i else ""
+        names += [save(curves(results), out_dir, f"curves{end}.png"), save(strips(results), out_dir, f"seeds{end}.png")]
+    variance = [row for row in read_lines(os.path.join(out_dir, "variance.jsonl")) if row["at"] == "end"]
+    laws = read_lines(os.path.join(out_dir, "ppots.jsonl"))
+    names += [save(bars(variance), out_dir, "variance.png")] if variance else []
+    names += [save(law(laws), out_dir, "ppots.png")] if laws else []
+    return "figures: " + ", ".join(names)
+
+
+def save(figure, out_dir, name):
+    path = os.path.join(out_dir, name)
+    figure.savefig(path, dpi=130, bbox_inches="tight", metadata={"Software": None})
+    return path
+
+
+def by_compute(results):
+    """Method names, one pass before two, the ARM first, the best last."""
+    key = "nll" if is_text(next(iter(results.values()))) else "accuracy"
+    sign = -1 if key == "nll" else 1
+    return sorted(results, key=lambda m: (results[m][0]["passes"], m != "arm", sign * column(results[m], key).mean()))
+
+
+def shown(results):
+    """What to plot, (key, axis label, limits)."""
+    return ("nll", "nll, nats per token", None) if is_text(next(iter(results.values()))) else ("accuracy", "accuracy, share of problems", (-0.03, 1.03))
+
+
+def curves(results):
+    """One panel per method: a thin line per seed, the interquartile mean and its 95 % bootstrap band."""
+    from matplotlib.figure import Figure
+
+    names, (key, label, limits) = by_compute(results), shown(results)
+    columns = min(4, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(2.4 * columns + 0.4, 1.75 * rows + 0.5))
+    axes = figure.subplots(rows, columns, sharex=False, sharey=True, squeeze=False)
+    for ax in axes.flat[len(names) :]:
+        ax.axis("off")
+    for i, (name, ax) in enumerate(zip(names, axes.flat)):
+        lines = results[name]
+        steps = np.array([c["step"] for c in min((r["curve"] for r in lines), key=len)])
+        values = np.array([[math.nan if c[key] is None else c[key] for c in r["curve"][: len(steps)]] for r in lines])
+        color = BLUE if lines[0]["passes"] == 1 else ORANGE
+        ax.plot(steps, values.T, color=color, lw=0.5, alpha=0.35)
+        if len(lines) > 1:
+            low, high = np.array([interval(iqm, v, n_resamples=2000) for v in values.T]).T
+            ax.fill_between(steps, low, high, color=color, alpha=0.2, lw=0)
+        ax.plot(steps, iqm(values.T), color=color, lw=2)
+        ax.set_title(f"{name} ({lines[0]['passes']})", fontsize=9)
+        ax.set_xlim(0, steps[-1])
+        ax.locator_params(axis="x", nbins=4)
+        if limits:
+            ax.set_ylim(*limits)
+        if i % columns == 0:
+            ax.set_ylabel(key)
+        if i + columns >= len(names):
+            ax.set_xlabel("optimizer steps")
+    n = max(map(len, results.values()))
+    figure.suptitle(f"{label}: {n} seeds, their interquartile mean and its 95 % band; blue: one forward pass a step, orange: two", fontsize=9)
+    figure.tight_layout()
+    return figure
+
+
+def strips(results):
+    """Every seed's final result, method by method, grouped by compute; the mean and its 95 % bootstrap interval."""
+    from matplotlib.figure import Figure
+
+    names, (key, label, limits) = by_compute(results)[::-1], shown(results)
+    figure = Figure(figsize=(8.5, 0.3 * len(names) + 1.2))
+    ax = figure.subplots()
+    rng = np.random.default_rng(0)
+    for y, name in enumerate(names):
+        a, color = column(results[name], key), BLUE if results[name][0]["passes"] == 1 else ORANGE
+        ax.scatter(a, y + rng.uniform(-0.25, 0.25, len(a)), s=12, color=color, alpha=0.6, lw=0)
+        low, high = interval(lambda x: x.mean(-1), a)
+        ax.plot([low, high], [y, y], color="black", lw=1.5)
+        ax.plot(a.mean(), y, "D", color="white", mec="black", ms=5)
+    passes = [results[name][0]["passes"] for name in names]
+    ax.axhline(passes.count(2) - 0.5, color=GREY, lw=0.8, ls=":") if 0 < passes.count(2) < len(names) else None
+    ax.set_yticks(range(len(names)), [f"{name} ({p})" for name, p in zip(names, passes)])
+    ax.set_xlabel(f"{label}, at the end of training (a dot per seed; diamond: mean, bar: 95 % interval)")
+    ax.set_ylabel("method (forward passes a step)")
+    if limits:
+        ax.set_xlim(*limits)
+    return figure
+
+
+def bars(rows):
+    """A, B and C of loss and gradient at the end of training, stacked; a tick where the total times the passes is."""
+    from matplotlib.figure import Figure
+
+    rows = [r for r in rows if r["method"] != "arm"][::-1]
+    figure = Figure(figsize=(9, 0.26 * len(rows) + 1.3))
+    axes = figure.subplots(1, 2, sharey=True)
+    unit = {"loss": "variance of the loss, nats²", "gradient": "variance of the gradient (trace)"}
+    for ax, what in zip(axes, unit):
+        left = np.zeros(len(rows))
+        for part, color, hatch in (("A", BLUE, ""), ("B", ORANGE, "////"), ("C", GREY, "")):
+            v = np.array([max(0.0, r[what][part]) for r in rows])
+            name = {"A": "A masking pattern", "B": "B masking rate", "C": "C data"}[part]
+            ax.barh(range(len(rows)), v, left=left, color=color, hatch=hatch, edgecolor="white", lw=0.3, label=name)
+            left += v
+        ax.plot([r[what]["total"] * r["passes"] for r in rows], range(len(rows)), "k|", ms=9, mew=1.6, label="total × passes")
+        ax.set_xlabel(unit[what] + ", per sequence")
+    axes[0].set_yticks(range(len(rows)), [r["method"] for r in rows])
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncols=4, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.94))
+    return figure
+
+
+def law(lines):
+    """P-POTS' p(t) over training: the law that is sampled beside the one that was measured."""
+    from matplotlib.figure import Figure
+
+    lines = [line for line in lines if line["method"] == lines[0]["method"]]
+    lines = [lines[i] for i in sorted({0, 1, len(lines) // 2, len(lines) - 1} & set(range(len(lines))))]
+    cells = len(lines[0]["fitted"])
+    s = (np.arange(cells) + 0.5) / cells  # sqrt(t), in which the cells are equal
+    figure = Figure(figsize=(2.4 * len(lines) + 0.4, 2.5))
+    for i, (ax, line) in enumerate(zip(figure.subplots(1, len(lines), sharey=True, squeeze=False).flat, lines)):
+        density = lambda mass: np.array(mass) * cells / (2 * s)
+        ax.plot(s**2, density(line["measured"]), color=ORANGE, lw=2.5, alpha=0.6, label="measured")
+        ax.plot(s**2, density(line["fitted"]), color=BLUE, lw=1.2, ls="--", label="sampled (EPR fit)")
+        ax.axhline(1, color=GREY, lw=0.8, ls=":", label="uniform (plain MDM)")
+        ax.set(yscale="log", xlim=(0, 1), ylim=(0.2, 8), xlabel="masking rate t")
+        ax.set_title(f"step {line['step']}", fontsize=9)
+        ax.set_yticks([0.25, 0.5, 1, 2, 4, 8], ["1/4", "1/2", "1", "2", "4", "8"])
+        ax.minorticks_off()
+        if i == 0:
+            ax.set_ylabel("density p(t)")
+            ax.legend(fontsize=7, frameon=False)
+    figure.suptitle(f"{lines[0]['method']}, seed {lines[0]['seed']}", fontsize=9)
+    figure.tight_layout()
+    return figure
