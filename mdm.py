@@ -413,7 +413,7 @@ def clipped(u, beta=0.3, omega=0.8):
 
 
 @functools.lru_cache
-def clipped_weights(n, beta=0.3, omega=0.8, device=None):
+def clipped_weights(n, beta=0.3, omega=0.8, device=None, dtype=torch.float64):
     """OURS: what to put in place of 1/t so that clipped rates are unbiased (`reclipped`): (n+1,), by |m| = 0..n.
 
     Every mask can occur at some t in [beta, omega], so weigh it by how often it occurs under (2) and how often here:
@@ -423,7 +423,7 @@ def clipped_weights(n, beta=0.3, omega=0.8, device=None):
     t, k = beta + (omega - beta) * x, torch.arange(n + 1)
     here = (t ** k[:, None] * (1 - t) ** (n - k[:, None])) @ w
     wanted = 1 / (k.clamp(min=1) * log_choose(n, k).exp())  # at k = 0 there is nothing to weigh
-    return (wanted / here).to(device)
+    return (wanted / here).to(dtype).to(device)
 
 
 @functools.lru_cache
@@ -553,7 +553,7 @@ def draw_masks(method, u, r, table=None, eps=1e-3, is_rare=None):
     mask = mirror_masks(r, p_mask) if "mirror" in method else bernoulli_masks(r, p_mask)
     mask = mask.flatten(0, 1)
     if "reclipped" in method:
-        weight = clipped_weights(n, device=u.device).to(u.dtype)[mask.sum(-1, keepdim=True)]
+        weight = clipped_weights(n, device=u.device, dtype=u.dtype)[mask.sum(-1, keepdim=True)]
     else:
         weight = importance / p_mask
     return mask, weight.expand(mask.shape)

@@ -12,6 +12,7 @@ Text (a model trained with --dataset=FILE or shakespeare_char):
     python sample.py --method=mdm --prompt="KING ____:" --order=random      fill in the gaps, which no ARM can
 """
 import argparse
+import os
 import sys
 import time
 
@@ -166,7 +167,8 @@ def main(argv=None):
     except (train.UserError, ValueError) as e:
         return train.fail(e)
     except BrokenPipeError:  # `| head`
-        return 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 if __name__ == "__main__":

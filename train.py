@@ -643,13 +643,13 @@ class Progress:
     def line(self, method, seeds, state):
         self.done[method] = self.work[method] * (1 if state["done"] else state["step"] / state["steps"])
         done, elapsed = sum(self.done.values()), time.perf_counter() - self.began
-        eta = elapsed * (sum(self.work.values()) - done) / (done - self.before)
+        eta = round(elapsed * (sum(self.work.values()) - done) / (done - self.before))
         c, few = state["curve"][-1], len(seeds) <= 4
         show = lambda x: " ".join(f"{v:.2f}" for v in x) if few else f"{np.mean(x):.2f} (mean of {len(seeds)})"
         accuracy = f"  accuracy {show(c['accuracy'])}" if "accuracy" in c else ""
         speed = state["forward_tokens"] * len(seeds) / state["seconds"]
         return (f"{method_name(method):>14}  step {state['step']:>{len(str(state['steps']))}}/{state['steps']}  loss {np.mean(c['loss']):6.3f}"
-                f"{accuracy}  nll {np.mean(c['nll']):.3f}  {speed / 1e3:.0f}k tokens/s  ETA {eta // 60:.0f}:{eta % 60:02.0f}")  # fmt: skip
+                f"{accuracy}  nll {np.mean(c['nll']):.3f}  {speed / 1e3:.0f}k tokens/s  ETA {eta // 60}:{eta % 60:02}")  # fmt: skip
 
 
 def run(cfg, methods, seeds):
@@ -766,8 +766,8 @@ def measure_variance(cfg, methods, seed, data, device, n_problems=64):
         for i, method in enumerate(methods):
             now, done = time.perf_counter(), i + trained * len(methods)
             if now - reported > 10:
-                eta, reported = (now - began) / done * (2 * len(methods) - done), now
-                say(f"      variance  method {done}/{2 * len(methods)}  ETA {eta // 60:.0f}:{eta % 60:02.0f}")
+                eta, reported = round((now - began) / done * (2 * len(methods) - done)), now
+                say(f"      variance  method {done}/{2 * len(methods)}  ETA {eta // 60}:{eta % 60:02}")
             model, pos = build(cfg, method, [seed], data, device)
             if trained:
                 checkpoint = load_checkpoint(checkpoint_path(cfg.out_dir, method & {"arm"}))
@@ -825,6 +825,9 @@ def main(argv=None):
         return run(cfg, methods, seeds)
     except UserError as e:
         return fail(e)
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more on leaving
+        return 1
     except OSError as e:
         return fail(f"cannot write to --out_dir={cfg.out_dir}: {e.strerror or e}; what was written before is safe")
     except (RuntimeError, MemoryError) as e:  # torch has a type of its own for this only on a GPU

@@ -169,9 +169,8 @@ def make(path, block_size, tokenizer="char", name=None):
     if len(vocabulary) < 2:
         raise ValueError(f"{path} has one character only, {vocabulary.items[0]!r}, over and over: nothing can be learnt from it")
     split = int(0.9 * n)
-    validation = torch.from_numpy(ids[split:].astype(np.int64))
-    test = validation.unfold(0, T, block_size)  # each token but the first is asked for once
-    test = test[torch.linspace(0, len(test) - 1, min(N_TEST, len(test))).round().long()]
+    test = torch.from_numpy(ids[split:]).unfold(0, T, block_size)  # each token but the first is asked for once
+    test = test[torch.linspace(0, len(test) - 1, min(N_TEST, len(test))).round().long()].long()
     counts = sum(np.bincount(part, minlength=len(vocabulary)) for part in np.array_split(ids[:split], max(1, split >> 22)))
     response = test[:, 1:].flatten().tolist()
     chars_per_token = 1.0 if tokenizer == "char" else len(vocabulary.decode(response)) / len(response)

@@ -55,11 +55,11 @@ def timed(f, device, n=5):
 def nanogpt_step(path, cfg, data, device):
     """One step of nanoGPT's loop (its model, AdamW, clipping, data from memory), float32, at our shape: a function."""
     module = imported(path, "model")
-    T = data.train.shape[1] - 1
-    model = module.GPT(module.GPTConfig(block_size=T, vocab_size=len(data.chars), n_layer=cfg.n_layer, n_head=cfg.n_head,
+    T = data.test.shape[1] - 1
+    model = module.GPT(module.GPTConfig(block_size=T, vocab_size=len(data.vocabulary), n_layer=cfg.n_layer, n_head=cfg.n_head,
                                         n_embd=cfg.n_embd, dropout=0.0, bias=True)).to(device)  # fmt: skip
     optimizer = model.configure_optimizers(cfg.weight_decay, cfg.lr, train.BETAS, device.split(":")[0])
-    train_x = data.train.to(device)
+    train_x = data.train_blocks(device)
 
     def step():
         x = train_x[torch.randint(len(train_x), (cfg.batch_size,), device=device)]
@@ -75,14 +75,14 @@ def nanogpt_step(path, cfg, data, device):
 def tiny_diffusion_step(path, cfg, data, device):
     """The same for tiny-diffusion: its model, its masks, its train_step."""
     training = imported(path, "training")
-    T, V = data.train.shape[1], len(data.chars)
+    T, V = data.test.shape[1], len(data.vocabulary)
     config = training.DiffusionConfig(sequence_len=T, vocab_size=V + 1, mask_token_id=V, n_layer=cfg.n_layer, n_head=cfg.n_head,
                                       n_embd=cfg.n_embd, context_len=data.prompt_len)  # fmt: skip
     model = training.DiffusionTransformer(config).to(device)
     model.init_weights()
     schedule = training.MaskedDiffusionSchedule(config.diffusion_steps, V, config.context_len)
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    train_x = data.train.to(device)
+    train_x = data.train_blocks(device)
     return lambda: training.train_step(model, train_x[torch.randint(len(train_x), (cfg.batch_size,), device=device)], schedule, optimizer)
 
 
@@ -107,7 +107,7 @@ def seeds_and_methods(cfg, data, device, repeats, counts, methods, references):
             for method in methods:
                 times.setdefault((method, S), []).extend(step_times(cfg, method, S, data, device))
     ms = {k: 1e3 * statistics.median(v) for k, v in times.items()}
-    T = data.train.shape[1]
+    T = data.test.shape[1]
     print(f"\n{'method':14}{'seeds':>6}{'ms/step':>9}{'per seed':>9}{'seq/s/seed':>11}{'seq/s':>9}{'tokens/s':>10}{'x 1 seed':>9}"
           + "".join(f"  x {name}" for name in references))  # fmt: skip
     for method in methods:
@@ -125,11 +125,11 @@ def parts_of_a_step(cfg, data, device, S, repeats):
     """The share of each part of a P-POTS+MIRROR step, and of what happens between the steps."""
     method, seeds = mdm.parse_method("ppots_mirror"), list(range(S))
     model, pos = train.build(cfg, method, seeds, data, device)
-    params, train_x, n, K = list(model.parameters()), data.train.to(device), len(pos), 64
+    params, train_x, n, K = list(model.parameters()), data.train_blocks(device), len(pos), 64
     optimizer = torch.optim.AdamW(params, lr=1e-4, betas=train.BETAS, fused=device.startswith(("cpu", "cuda")))
     refit = lambda: train.refit_ppots(cfg, method, seeds, model, train_x, pos, 0, cfg.steps * cfg.batch_size * 2, theta)
     theta = None
-    table, theta, _ = refit()
+    table, theta, *_ = refit()
     block = lambda: train.draw_block(method, seeds, 0, K, cfg.batch_size, len(train_x), n, device)
     idx, u, r = block()
     spent = {}
@@ -144,7 +144,7 @@ def parts_of_a_step(cfg, data, device, S, repeats):
         optimizer.zero_grad()
         loss.backward()
         marks.append(clock(device))
-        train.clip_per_seed(params, cfg.grad_clip)
+        train.clip_per_seed(params, cfg.grad_clip, torch.ones(S, dtype=torch.bool, device=device))
         optimizer.step()
         marks.append(clock(device))
         for name, a, b in zip(("data", "masks", "forward", "backward", "clip and optimizer"), marks, marks[1:]):
@@ -158,8 +158,8 @@ def parts_of_a_step(cfg, data, device, S, repeats):
     for name, t in ms.items():
         print(f"  {name:20}{t:8.3f} ms {100 * t / total:6.1f} %")
     # multiply-adds of the linear layers, three times for forward and backward; the last block only where it is asked for
-    C, T, L = cfg.n_embd, data.train.shape[1], cfg.n_layer
-    per_sequence = (12 * C * C * (L - 1) + 2 * C * C) * T + (10 * C * C + C * len(data.chars)) * n
+    C, T, L = cfg.n_embd, data.test.shape[1], cfg.n_layer
+    per_sequence = (12 * C * C * (L - 1) + 2 * C * C) * T + (10 * C * C + C * len(data.vocabulary)) * n
     flops = 6 * per_sequence * 2 * cfg.batch_size * S
     a = torch.randn(1024, 1024, device=device)
     peak = 2 * 1024**3 / timed(lambda: a @ a, device, 20)
@@ -171,7 +171,7 @@ def parts_of_a_step(cfg, data, device, S, repeats):
 
 def overheads(cfg, data, device, S, repeats):
     """Is the method free? Pairs of methods of the same forward tokens, taking turns; refits included."""
-    train_x = data.train.to(device)
+    train_x = data.train_blocks(device)
     pairs = [("ppots", "mdm"), ("ppots_mirror", "multi2"), ("exactk", "mdm"), ("exactk_strats_mirror", "multi2"), ("mirror", "mdm_batch2")]
     print(f"\n{'method':22}{'against':14}time ratio at equal forward tokens, {S} seeds, P-POTS' refits included (median of {repeats} pairs, least, most)")
     for method, other in pairs:
