@@ -197,14 +197,15 @@ def test_end_to_end(tmp_path, capsys):
 
 
 def test_resume_after_kill_9(tmp_path, capsys):
-    """Killed hard at four random moments, also while a checkpoint is being written (it is, most of the time), and resumed
-    each time: the accuracy, nll and curves of a run never stopped."""
+    """Killed hard at four random moments, a checkpoint being written after every step, and resumed each time: the accuracy,
+    nll and curves of a run never stopped."""
     flags = [f for f in FLAGS if not f.startswith(("--steps", "--eval_every"))] + ["--steps=60", "--eval_every=1", "--method=mdm,ppots_mirror", "--seeds=1,2"]
     out, ref, rng = tmp_path / "out", tmp_path / "ref", random.Random(0)
     for _ in range(4):
         process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags, f"--out_dir={out}", "--resume"], stdout=subprocess.PIPE)
-        process.stdout.readline()  # it is about to train
-        time.sleep(rng.uniform(0, 1.5))
+        for _ in range(rng.randrange(1, 25)):  # lines, one after each checkpoint
+            process.stdout.readline()
+        time.sleep(rng.uniform(0, 0.05))
         process.kill()
         process.communicate()
     assert train.main([*flags, f"--out_dir={out}", "--resume"]) == 0
@@ -212,7 +213,29 @@ def test_resume_after_kill_9(tmp_path, capsys):
     drop = lambda line: {k: v for k, v in json.loads(line).items() if k != "seconds"}
     a, b = ([drop(x) for x in (d / "results.jsonl").read_text("utf-8").splitlines()] for d in (out, ref))
     assert a == b and len(a) == 4
-    assert not list(out.glob("**/*.tmp")) and not (out / "mdm" / "ckpt.pt.tmp").exists()
+    assert not list(out.glob("**/*.tmp"))
+
+
+def test_resume_after_kill_9_in_the_middle_of_a_write(tmp_path):
+    """The third checkpoint is half written, under its temporary name, when the end comes: the second one is still there."""
+    flags = [*FLAGS, "--eval_every=1", "--method=mdm", "--seeds=1"]
+    program = f"""if True:
+        import os, signal, train
+        calls = []
+        def fsync(fd):
+            calls.append(fd)
+            if len(calls) == 3:
+                os.ftruncate(fd, 1000)
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.fsync = fsync
+        train.main({[*flags, f"--out_dir={tmp_path / 'out'}"]!r})"""
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL).returncode == -signal.SIGKILL
+    assert (tmp_path / "out" / "mdm" / "ckpt.pt.tmp").stat().st_size == 1000
+    assert torch.load(tmp_path / "out" / "mdm" / "ckpt.pt", weights_only=True)["state"]["step"] == 2
+    assert train.main([*flags, f"--out_dir={tmp_path / 'out'}", "--resume"]) == 0
+    assert train.main([*flags, f"--out_dir={tmp_path / 'ref'}"]) == 0
+    a, b = (torch.load(tmp_path / d / "mdm" / "ckpt.pt", weights_only=True)["state"] for d in ("out", "ref"))
+    assert same(a, b) and a["curve"] == b["curve"] and not list(tmp_path.glob("**/*.tmp"))
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
