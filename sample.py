@@ -12,7 +12,9 @@ Text (a model trained with --dataset=FILE or shakespeare_char):
     python sample.py --method=mdm --prompt="KING ____:" --order=random      fill in the gaps, which no ARM can
 """
 import argparse
+import math
 import os
+import shutil
 import sys
 import time
 
@@ -106,7 +108,8 @@ def show(rows, animate, n_shown):
         time.sleep(0.05)
         text = f"\x1b[{n_shown}A\x1b[J{text}"  # cursor up, clear to the end
     print(text, flush=True)
-    return sum(row.count("\n") + 1 for row in rows)
+    width = shutil.get_terminal_size().columns  # longer lines wrap
+    return sum(max(1, math.ceil(len(line) / width)) for row in rows for line in row.split("\n"))
 
 
 def sample(args):
@@ -138,26 +141,33 @@ def sample(args):
             raise train.UserError('no prompt: give --prompt="..." or --file=...')
         data = arith.make(cfg.dataset)
         rows, first, end = [problem(data, T, p, args.mask_char) for p in prompts], 0, T
-    x = torch.tensor([rows], device=device)
     pos = torch.arange(1 if train.is_text(cfg.dataset) else data.prompt_len, end, device=device)
     generator = torch.Generator(device).manual_seed(args.sample_seed)
-
     lines = lambda x: [vocabulary.decode(row[first:end], args.mask_char) for row in x[0].tolist()]
-    animate, n_shown, n_passes, began = sys.stdout.isatty(), 0, 0, time.perf_counter()
-    n_tokens = int((x[0][:, pos] == model.config.vocab_size).sum())
+    n_tokens, n_passes, began = 0, 0, time.perf_counter()
+    for part in torch.tensor([rows], device=device).split(train.rows_at_once(model, len(pos)), 1):
+        n, passes = fill_in(model, part, pos, args, generator, lines)
+        n_tokens, n_passes = n_tokens + n, n_passes + passes * part.shape[1]
+    print(f"{n_tokens / len(rows):g} tokens a sequence in {n_passes / len(rows):g} forward passes: {n_tokens / max(1, n_passes):.2f} tokens per pass, "
+          f"{n_tokens / (time.perf_counter() - began):.0f} tokens/s", file=sys.stderr)  # fmt: skip
+    return 0
+
+
+def fill_in(model, x, pos, args, generator, lines):
+    """Generate and print one batch, x (1, B, T). Returns the tokens filled in and the forward passes it took."""
+    masked = x[0][:, pos] == model.config.vocab_size
+    pos, most = pos[masked.any(0)], int(masked.sum(1).max())
+    animate, n_shown, n_passes = sys.stdout.isatty(), 0, 0
     if args.show:
         n_shown = show(lines(x), animate, 0)
-    for x in mdm.generate(model, x, pos, args.steps, args.temperature, args.order, generator):
+    steps = min(args.steps or most, most)
+    for x in mdm.generate(model, x, pos, steps, args.temperature, args.order, generator) if most else ():
         n_passes += 1
         if args.show:
             n_shown = show(lines(x), animate, n_shown)
-    seconds = time.perf_counter() - began
     if not args.show:
         show(lines(x), False, 0)
-    each = n_tokens / len(rows)
-    print(f"{each:g} tokens a sequence in {n_passes} forward passes: {each / n_passes:.2f} tokens per pass, "
-          f"{n_tokens / seconds:.0f} tokens/s", file=sys.stderr)  # fmt: skip
-    return 0
+    return int(masked.sum()), n_passes
 
 
 def main(argv=None):
@@ -166,10 +176,17 @@ def main(argv=None):
         return sample(args)
     except (train.UserError, ValueError) as e:
         return train.fail(e)
+    except KeyboardInterrupt:
+        return 130
+    except (RuntimeError, MemoryError) as e:
+        if not train.out_of_memory(e):
+            raise
+        return train.fail("out of memory: give fewer prompts at a time")
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())

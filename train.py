@@ -17,6 +17,7 @@ line per method and seed, and OUT_DIR/METHOD/ckpt.pt. How the methods work is in
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import io
 import json
 import math
@@ -64,7 +65,7 @@ class Config:
     weight_decay: float = opt(0.01, "AdamW's, on every parameter; small, a model this size hardly overfits")
     grad_clip: float = opt(1.0, "largest gradient norm, of each seed by itself")
     eps: float = opt(1e-3, "smallest masking rate, as in LLaDA; it keeps the plain loss's variance finite (see mdm.py)")
-    init_from: str = opt("", "fine-tune: start every seed from the first seed of this run's OUT_DIR (its arm for arm, its mdm for the rest)")
+    init_from: str = opt("", "fine-tune: start every seed from the first seed of an earlier run's OUT_DIR (its arm for arm, its mdm for the rest)")
     until_nll: float = opt(0.0, "end a method's training at the first evaluation with a mean nll of at most this")
     # model
     n_layer: int = opt(2, "transformer blocks; two suffice for carries")
@@ -74,7 +75,7 @@ class Config:
     ppots_fit: str = opt("epr", "P-POTS: epr, the paper's fitted family, or grid, the measured curve itself")
     ppots_refits: int = opt(10, "P-POTS: how often the curve is measured; from scratch it moves, so once is not enough")
     ppots_budget: float = opt(0.01, "P-POTS: share of the training's arithmetic that the forward passes measuring it may cost")
-    isad_tokens: str = opt("", "ISAD: its rare tokens, as one string (default: separators in the response, else its 2 rarest)")
+    isad_tokens: str = opt("", "ISAD: its rare tokens, as one string (default: separators in the response, else its 2 rarest; text: the rarest 5 %)")
     # evaluation, files, machine
     eval_every: int = opt(250, "steps between evaluations, progress lines and checkpoints")
     out_dir: str = opt("out", "where results and checkpoints go")
@@ -86,7 +87,7 @@ class Config:
 
 BETAS = (0.9, 0.98)  # AdamW; 0.98 as usual for small batches of heavy-tailed gradients
 WARMUP = 100  # steps
-NOT_TRAINING = {"method", "seeds", "n_seeds", "out_dir", "resume", "variance", "report", "device"}  # these may change on --resume
+NOT_TRAINING = {"method", "seeds", "n_seeds", "out_dir", "resume", "variance", "report", "device"}  # no settings of a training
 
 
 class UserError(Exception):
@@ -114,8 +115,9 @@ def parse_args(argv=None):
         sys.exit(fail(e))
 
 
-def fail(message):
-    if RANK == 0:
+def fail(message, of_all=True):
+    """Print the one line of an error, once if all processes have it, and return the exit code."""
+    if RANK == 0 or not of_all:
         print(f"error: {message}", file=sys.stderr)
     return 2
 
@@ -190,9 +192,10 @@ def is_text(dataset):
 
 def check_memory(cfg, methods, n_seeds, data, device):
     """Refuse what cannot fit: a lower bound on memory (weights, gradients, Adam's moments, activations) against the machine's."""
-    C, L, T, S = cfg.n_embd, cfg.n_layer, data.test.shape[1], math.ceil(n_seeds / WORLD_SIZE)
+    C, L, T = cfg.n_embd, cfg.n_layer, data.test.shape[1]
+    S = n_seeds / WORLD_SIZE * (int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if device == "cpu" else 1)
     n_params = 12 * L * C * C + C * (2 * len(data.vocabulary) + T)
-    n_activations = max(map(mdm.n_passes, methods)) * cfg.batch_size * T * (10 * L * C + len(data.vocabulary))
+    n_activations = max(mdm.n_passes(m - {"steps2"}) for m in methods) * cfg.batch_size * T * (10 * L * C + len(data.vocabulary))
     needed = 4 * S * (4 * n_params + n_activations)
     if device.startswith("cuda"):
         there = torch.cuda.get_device_properties(device).total_memory
@@ -208,9 +211,9 @@ SMALLER = "lower --n_seeds, --batch_size, --n_embd, --n_layer or --block_size"
 
 
 def pick_device(name):
+    if name in ("auto", "cuda") and torch.cuda.is_available() and WORLD_SIZE > 1:  # each process has a GPU of its own
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
     if name == "auto":
-        if torch.cuda.is_available() and WORLD_SIZE > 1:
-            return f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.zeros(1, device=name).item()
@@ -269,7 +272,7 @@ def train(cfg, method, seeds, data, device="cpu", state=None, save=None, stop=No
     after every step, True ends it as well (save is called first). A state that was not "done" can be continued.
     Returns the state: "step", "steps", "model", "optimizer", "curve" [{"step", "loss", "accuracy", "nll"}, with one
     value per seed], "seconds", "forward_tokens", "n_params", "done", "diverged" (S,), the step at which a seed's loss or
-    gradient stopped being finite (it learns no more from there on) or 0, and what P-POTS and EMA remember.
+    gradient stopped being finite (from there on its gradient counts as zero) or 0, and what P-POTS and EMA remember.
     """
     model, pos = build(cfg, method, seeds, data, device)
     S, n, T = len(seeds), len(pos), data.test.shape[1]
@@ -300,11 +303,14 @@ def train(cfg, method, seeds, data, device="cpu", state=None, save=None, stop=No
     loss_steps, clock = state["loss_steps"], time.perf_counter()
 
     def snapshot(done):
+        nonlocal clock
         state.update(step=step, steps=steps, model=model.state_dict(), optimizer=optimizer.state_dict(), table=table,
                      theta=theta, ema=ema, loss_sum=loss_sum, loss_steps=loss_steps, done=done, diverged=diverged,
                      seconds=state["seconds"] + time.perf_counter() - clock,
                      forward_tokens=step * B * M * T + state["pilot_tokens"], n_params=sum(p[0].numel() for p in params))  # fmt: skip
-        return save(state) if save else False
+        ended = save(state) if save else False
+        clock = time.perf_counter()
+        return ended
 
     first_step = state["step"]
     for step in range(first_step, steps):
@@ -340,7 +346,9 @@ def train(cfg, method, seeds, data, device="cpu", state=None, save=None, stop=No
             state["curve"].append({"step": step, "loss": (loss_sum / loss_steps).tolist(), **scores})
             loss_sum, loss_steps = torch.zeros_like(loss_sum), 0
             ended = snapshot(done=step == steps)
-            clock = time.perf_counter()
+            if state["done"] and step < steps:  # ended early: its last scores too are on the whole test set
+                state["curve"][-1] |= evaluate(model, data)
+                snapshot(done=True)
             if ended or state["done"]:
                 break
         if stop and stop() and step < steps:
@@ -370,12 +378,25 @@ def refit_ppots(cfg, method, seeds, model, train_x, pos, step, budget_sequences,
     generators = [stream(seed, "pilot", step, device) for seed in seeds]
     idx = torch.stack([torch.randint(len(train_x), (X,), generator=g, device=device) for g in generators])
     r = torch.stack([torch.rand(X, n_counts, K, n, generator=g, device=device) for g in generators])
-    counts, sums = (z.cpu() for z in mdm.measure_counts(model, train_x[idx].long(), pos, r))
+    counts, sums = pilot(model, train_x[idx].long(), pos, r)
     table, theta = mdm.ppots_law(method, counts, sums, n, cfg.ppots_fit, cfg.eps, theta)
     law = []
     if "exactk" not in method:
         law = [{"step": step, "fitted": table.float(), "measured": mdm.ppots_law(method, counts, sums, n, "grid", cfg.eps)[0].float()}]
     return table.float().to(device), theta, X * n_counts * K, law
+
+
+def pilot(model, x0, pos, uniforms):
+    """mdm.measure_counts on the CPU, a part of the sequences at a time."""
+    part = max(1, rows_at_once(model, len(pos)) // (len(x0) * math.prod(uniforms.shape[2:4])))
+    counts, sums = zip(*[mdm.measure_counts(model, x, pos, u) for x, u in zip(x0.split(part, 1), uniforms.split(part, 1))])
+    return counts[0].cpu(), torch.cat(sums, 1).cpu()
+
+
+def rows_at_once(model, n):
+    """How many sequences with n predicted tokens to forward in one batch, so that logits and activations stay below about a
+    gigabyte; and below 2^15, beyond which attention on some GPUs takes no batch."""
+    return min(2**15, max(1, 2**27 // (n * max(model.config.vocab_size, 16 * model.config.n_embd))))
 
 
 def rare_tokens(cfg, data):
@@ -387,17 +408,17 @@ def rare_tokens(cfg, data):
 
 
 @torch.no_grad()
-def evaluate(model, data, n_nll=None, rows=16384):
+def evaluate(model, data, n_nll=None, rows=None):
     """The same for every method, and deterministic: {"accuracy", "nll", "nll_se"}, each a list of one number per seed.
 
     accuracy (not for text): share of test problems whose whole response is right, decoded greedily, one token per step.
-    nll: nats per response token on n_nll test sequences (all of them if None), evenly spaced, with its standard error over
-    them; exact for an ARM; for an MDM the bound, by the fixed masks of mdm.nll_masks (stratified exact counts, or all
-    masks where the response is short). rows bounds the sequences in one forward batch.
+    nll: nats per response token on n_nll test sequences (all of them if None), with its standard error over them; exact for
+    an ARM; for an MDM the bound, by the fixed masks of mdm.nll_masks (stratified exact counts, or all masks where the
+    response is short). rows bounds the sequences in one forward batch.
     """
     test, S = data.test.to(model.wte.device), len(model.wte)
     pos = torch.arange(data.prompt_len, test.shape[1], device=test.device)
-    scores = {}
+    scores, rows = {}, rows or rows_at_once(model, len(pos))
     if isinstance(data, arith.Arithmetic):
         question = test.clone()
         question[:, pos] = model.config.vocab_size
@@ -409,7 +430,7 @@ def evaluate(model, data, n_nll=None, rows=16384):
         scores["accuracy"] = torch.cat(right, 1).float().mean(1).tolist()
 
     n_nll = min(n_nll or len(test), len(test))
-    test = test[: n_nll] if "accuracy" in scores else test[torch.linspace(0, len(test) - 1, n_nll).round().long()]
+    test = test[:n_nll] if "accuracy" in scores else test[torch.linspace(0, len(test) - 1, n_nll).round().long()]  # all over a text
     if model.config.causal:
         nll = torch.cat([mdm.token_nll(model, x.expand(S, -1, -1), pos).mean(-1) for x in test.split(max(1, rows // S))], 1)
     else:
@@ -436,7 +457,14 @@ def write_file(path, content):
             f.write(content)
             f.flush()
             os.fsync(f.fileno())
-        os.replace(temporary, path)
+        for wait in (0.1, 0.2, 0.5, 0):  # on Windows a file that somebody reads cannot be replaced
+            try:
+                os.replace(temporary, path)
+                break
+            except PermissionError:
+                if not wait:
+                    raise
+                time.sleep(wait)
     except OSError:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -483,13 +511,15 @@ def load_checkpoint(path):
     """The checkpoint's dictionary. Raises UserError if there is none, or if it is not one of ours."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(checkpoint, dict) or not {"config", "method", "seeds", "state"} <= set(checkpoint):
+        if not isinstance(checkpoint, dict) or not {"config", "method", "seeds", "state", "vocabulary", "fingerprint"} <= set(checkpoint):
             raise ValueError
         return checkpoint
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}; train it first, or check --out_dir and --method") from None
-    except (RuntimeError, ValueError, EOFError, OSError, KeyError, pickle.UnpicklingError):
-        raise UserError(f"{path} is not a checkpoint of this program, or is damaged; delete it and train again") from None
+    except (PermissionError, IsADirectoryError) as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+    except (RuntimeError, ValueError, EOFError, OSError, LookupError, TypeError, AttributeError, pickle.UnpicklingError):
+        raise UserError(f"{path} is not a checkpoint of this version of the program, or is damaged; delete it and train again") from None
 
 
 def training_settings(cfg, method):
@@ -504,8 +534,11 @@ def resumable(cfg, method, seeds, data, path):
     if not os.path.exists(path):
         return None
     checkpoint = load_checkpoint(path)
-    theirs = checkpoint["config"]
-    differ = [f"--{k}={theirs.get(k)}" for k, v in training_settings(cfg, method).items() if v != theirs.get(k)]
+    try:
+        theirs, ours = (training_settings(c, method) for c in (Config(**checkpoint["config"]), cfg))
+    except TypeError:
+        raise UserError(f"{path} is of another version of this program; use another --out_dir, or leave out --resume") from None
+    differ = [f"--{k}={theirs.get(k, '')}" for k in {**theirs, **ours} if theirs.get(k) != ours.get(k)]
     differ += [f"--seeds={','.join(map(str, checkpoint['seeds']))}"] if checkpoint["seeds"] != seeds else []
     if differ:
         raise UserError(f"{path} was trained with {' '.join(differ)}: use these, or another --out_dir, or leave out --resume")
@@ -531,18 +564,14 @@ def initial(cfg, method, seeds, data):
 
 
 def first_states(cfg, methods, seeds, data):
-    """What each method starts from: its checkpoint with --resume, weights with --init_from, or None. Read by process 0
-    and sent to the others."""
-    states = [None] * len(methods)
-    if RANK == 0:
-        for i, method in enumerate(methods):
-            if cfg.resume:
-                states[i] = resumable(cfg, method, seeds, data, checkpoint_path(cfg.out_dir, method))
-            if cfg.init_from and states[i] is None:
-                states[i] = initial(cfg, method, seeds, data)
-    if (cfg.resume or cfg.init_from) and WORLD_SIZE > 1:
-        dist.broadcast_object_list(states)
-    return dict(zip(methods, states))
+    """What each method starts from: {method: its checkpoint's state with --resume, weights with --init_from, or None}."""
+    states = dict.fromkeys(methods)
+    for method in methods:
+        if cfg.resume:
+            states[method] = resumable(cfg, method, seeds, data, checkpoint_path(cfg.out_dir, method))
+        if cfg.init_from and states[method] is None:
+            states[method] = initial(cfg, method, seeds, data)
+    return states
 
 
 def result_lines(cfg, method, seeds, state, device, chars_per_token):
@@ -637,7 +666,7 @@ class Progress:
     def __init__(self, cfg, methods, states):
         self.work = {m: cfg.steps * mdm.n_passes(m) for m in methods}  # in forward passes of one plain batch
         begun = {m: states[m] for m in methods if states[m] and "step" in states[m]}
-        self.done = {m: self.work[m] * begun[m]["step"] / begun[m]["steps"] if m in begun else 0 for m in methods}
+        self.done = {m: self.work[m] * (begun[m]["done"] or begun[m]["step"] / begun[m]["steps"]) if m in begun else 0 for m in methods}
         self.before, self.began = sum(self.done.values()), time.perf_counter()
 
     def line(self, method, seeds, state):
@@ -656,7 +685,7 @@ def run(cfg, methods, seeds):
     """The comparison: train every method, write everything down, print the table. Returns the exit code."""
     check(cfg)
     if cfg.report:
-        return print_report(cfg.out_dir)
+        return print_report(cfg.out_dir) if RANK == 0 else 0
     device, data = pick_device(cfg.device), load_data(cfg)
     check_memory(cfg, methods, len(seeds), data, device)
     if "isad" in set().union(*methods):
@@ -669,9 +698,19 @@ def run(cfg, methods, seeds):
         raise UserError("--variance wants --eps above 0: at 0 the plain loss's variance is infinite")
     if len(seeds) < WORLD_SIZE:
         raise UserError(f"{WORLD_SIZE} processes for {len(seeds)} seeds: start at most one process per seed")
-    states = first_states(cfg, methods, seeds, data)
-    with lock(cfg.out_dir) if RANK == 0 else contextlib.nullcontext():
-        return compare(cfg, methods, seeds, data, device, states)
+    with contextlib.ExitStack() as stack:
+        states, error = None, None
+        if RANK == 0:  # what only process 0 can find wrong, the others have to hear of
+            try:
+                stack.enter_context(lock(cfg.out_dir))
+                states = first_states(cfg, methods, seeds, data)
+            except UserError as e:
+                error = str(e)
+            except OSError as e:
+                error = f"cannot write to --out_dir={cfg.out_dir}: {e.strerror or e}"
+        if error := everyone(error)[0]:
+            raise UserError(error)
+        return compare(cfg, methods, seeds, data, device, everyone(states)[0] if cfg.resume or cfg.init_from else states)
 
 
 def compare(cfg, methods, seeds, data, device, states):
@@ -683,6 +722,7 @@ def compare(cfg, methods, seeds, data, device, states):
     interrupted = []
     ask_to_stop = lambda *_: sys.exit(130) if interrupted else interrupted.append(True)  # a second Ctrl-C does not wait
     previous = signal.signal(signal.SIGINT, ask_to_stop)
+    states = states or dict.fromkeys(methods)
     progress, results = Progress(cfg, methods, states), {}
     share = np.array_split(np.arange(len(seeds)), WORLD_SIZE)[RANK]
     start, end = int(share[0]), int(share[-1]) + 1
@@ -696,7 +736,7 @@ def compare(cfg, methods, seeds, data, device, states):
                 evaluated = state["curve"] and state["curve"][-1]["step"] == state["step"]
                 nll = sum(everyone(state["curve"][-1]["nll"] if evaluated else [math.nan]), [])
                 stop, lost = (list(x) for x in zip(*everyone((bool(interrupted), bool((state["diverged"] > 0).all())))))
-                state["done"] = bool(state["done"] or np.mean(nll) <= cfg.until_nll or all(lost))
+                state["done"] = bool(state["done"] or cfg.until_nll > 0 and np.mean(nll) <= cfg.until_nll or all(lost))
                 whole = gather(state)
                 if RANK == 0:
                     settings = {"config": dataclasses.asdict(cfg), "method": method_name(method), "seeds": seeds}
@@ -740,8 +780,7 @@ def print_report(out_dir):
     if not lines:
         raise UserError(f"there are no results in {os.path.join(out_dir, 'results.jsonl')}; train something first, or check --out_dir")
     for results in report.groups(lines):
-        first = next(iter(results.values()))[0]
-        print(f"{first['dataset']}, {first['n_layer']} layers of width {first['n_embd']}, learning rate {first['lr']}\n")
+        print(report.heading(results) + "\n")
         print(report.table(results), report.statistics(results), sep="\n\n")
         print("\n" + (report.verdict(results) or "") + "\n")
     print(report.figures(out_dir, lines))
@@ -792,8 +831,7 @@ def variance_row(cfg, method, model, x0, pos, data, seed, known):
     if "ppots" in method:
         g = stream(seed, "pilot", 2**20, x0.device)  # a block that no training reaches
         r = torch.rand(1, len(x0), min(n, 16), 4, n, generator=g, device=x0.device)
-        counts, sums = mdm.measure_counts(model, x0[None], pos, r)
-        table = mdm.ppots_law(method, counts.cpu(), sums.cpu(), n, cfg.ppots_fit, cfg.eps)[0]
+        table = mdm.ppots_law(method, *pilot(model, x0[None], pos, r), n, cfg.ppots_fit, cfg.eps)[0]
     if n <= EXACT_MAX_N and "isad" not in method:
         if ("arm" in method, n) not in known:
             known["arm" in method, n] = mdm.grams(model, x0, pos)
@@ -817,11 +855,17 @@ def variance_row(cfg, method, model, x0, pos, data, seed, known):
     return row
 
 
+def out_of_memory(e):
+    """torch has a type of its own for this on a GPU only."""
+    return isinstance(e, MemoryError) or any(w in str(e) for w in ("out of memory", "allocate memory", "size calculation", "overflow"))
+
+
 def main(argv=None):
     cfg, methods, seeds = parse_args(argv)
     try:
         if WORLD_SIZE > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+            # gloo on GPUs too: what is exchanged are objects on the CPU. Whoever waits, for instance for --variance, may wait long
+            dist.init_process_group("gloo", timeout=datetime.timedelta(days=7))
         return run(cfg, methods, seeds)
     except UserError as e:
         return fail(e)
@@ -829,16 +873,20 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more on leaving
         return 1
     except OSError as e:
-        return fail(f"cannot write to --out_dir={cfg.out_dir}: {e.strerror or e}; what was written before is safe")
-    except (RuntimeError, MemoryError) as e:  # torch has a type of its own for this only on a GPU
-        if not isinstance(e, MemoryError) and not any(w in str(e) for w in ("out of memory", "allocate memory", "size calculation", "overflow")):
-            raise
-        return fail(f"out of memory: {SMALLER}; results and checkpoints written before are safe")
+        where = f" ({e.filename})" if e.filename else ""
+        return fail(f"cannot write to --out_dir={cfg.out_dir}: {e.strerror or e}{where}; what was written before is safe", of_all=False)
+    except (RuntimeError, MemoryError) as e:
+        if out_of_memory(e):
+            return fail(f"out of memory: {SMALLER}; results and checkpoints written before are safe", of_all=False)
+        if WORLD_SIZE > 1 and (isinstance(e, dist.DistError) or "gloo" in str(e)):
+            return fail("another process has ended; --resume goes on from the last checkpoint")
+        raise
     except KeyboardInterrupt:
         return 130
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a character is no reason to stop
     code = main()
     if WORLD_SIZE > 1:  # leave together and at once: torch's own tidying up, now and then, aborts a process that has finished
         if dist.is_initialized() and code in (0, 130):

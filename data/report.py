@@ -1,6 +1,6 @@
 """What a comparison's results say: statistics over seeds, tables, figures. Reads results.jsonl; trains nothing.
 
-    python train.py --report --out_dir=out         the same as is printed at the end of a comparison, and the figures
+    python train.py --report --out_dir=out         the table printed at the end of a comparison, intervals, figures
 
 Accuracies of a tiny model over seeds are near 0 or near 1, so nothing here assumes a normal law: intervals are 95 % bootstrap
 intervals over seeds (percentiles of 10,000 resamples, from a fixed generator), resampled by seed where methods are
@@ -26,8 +26,11 @@ def iqm(x):
 
 
 def sd(x):
-    """Standard deviation with n - 1; nan for a single seed."""
-    return x.std(-1, ddof=1) if x.shape[-1] > 1 else np.full(x.shape[:-1], np.nan)
+    """Standard deviation with n - 1; nan for a single seed, infinite if a seed is."""
+    if x.shape[-1] < 2:
+        return np.full(x.shape[:-1], np.nan)
+    lost = np.isinf(x).any(-1)
+    return np.where(lost, np.inf, np.where(np.isinf(x), 0, x).std(-1, ddof=1))
 
 
 def sd_ratio(a, b):
@@ -46,14 +49,14 @@ def interval(statistic, *samples, n_resamples=10_000, level=0.95):
     rng, n = np.random.default_rng(0), len(samples[0])
     draws = rng.integers(0, n, (n_resamples, n))
     values = np.concatenate([statistic(*(x[part] for x in samples)) for part in np.array_split(draws, 10)])
-    values = values[~np.isnan(values)]  # a ratio to nothing has no value
+    values = values[~np.isnan(values)]  # a ratio of nothing to nothing has no value
     if not len(values):
         return math.nan, math.nan
     return tuple(np.quantile(values, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf"))  # values may be infinite
 
 
 def noise_floor(accuracy, n_problems=512):
-    """The SD over seeds that testing on n_problems alone would bring, if all seeds were equally good: binomial."""
+    """The SD that testing on n_problems only, and not on all there are, adds to the seeds' own: binomial."""
     return np.sqrt((accuracy * (1 - accuracy)).mean(-1) / n_problems)
 
 
@@ -67,7 +70,9 @@ OUTCOME = {"accuracy", "nll", "nll_se", "bits_per_char", "bits_per_char_se", "di
 
 
 def column(rows, key):
-    return np.array([math.nan if r.get(key) is None else r[key] for r in rows], dtype=float)
+    """A number per seed. What is null in the results was not finite: the worst there is."""
+    worst = 0.0 if key == "accuracy" else math.inf
+    return np.array([worst if r.get(key) is None else r[key] for r in rows], dtype=float)
 
 
 def is_text(rows):
@@ -81,21 +86,45 @@ def steps_to(row, accuracy=0.9):
 
 def groups(lines):
     """Results that can be compared: a list of {method: lines by seed}, one for each setting of everything but the method."""
-    own = ("method", "seed", "ppots_", "isad_", "eval_every")
     found = {}
     for line in lines:
-        setting = {k: v for k, v in line.items() if k not in OUTCOME and not k.startswith(own)}
+        own = {k: v for k, v in line.items() if k.startswith(("ppots_", "isad_"))}
+        setting = {k: v for k, v in line.items() if k not in OUTCOME | {"method", "seed", "eval_every"} | set(own)}
         method = line["method"].split("_")
         for k, word in (("steps", "steps2"), ("batch_size", "batch2")):
             setting[k] = line[k] // 2 if word in method else line[k]
-        found.setdefault(json.dumps(setting, sort_keys=True), {}).setdefault(line["method"], []).append(line)
-    return [{name: sorted(rows, key=lambda r: r["seed"]) for name, rows in group.items()} for group in found.values()]
+        group = found.setdefault(json.dumps(setting, sort_keys=True), {})
+        group.setdefault(line["method"], {}).setdefault(json.dumps(own, sort_keys=True), []).append(line)
+    groups = []
+    for group in found.values():
+        groups.append({})
+        for name, variants in group.items():
+            for i, rows in enumerate(variants.values()):  # the same method with other settings of its own
+                groups[-1][name if i == 0 else f"{name} ({i + 1})"] = sorted(rows, key=lambda r: r["seed"])
+    return groups
+
+
+def heading(results):
+    """A line saying what the runs of a group have in common."""
+    r = next(iter(results.values()))[0]
+    words = r["method"].split("_")
+    steps, batch_size = r["steps"] // (2 if "steps2" in words else 1), r["batch_size"] // (2 if "batch2" in words else 1)
+    line = f"{r['dataset']}: {steps} steps of {batch_size}, {r['n_layer']} layers of width {r['n_embd']}, learning rate {r['lr']}, eps {r['eps']}"
+    line += f", from {r['init_from']}" if r.get("init_from") else ""
+    for name, rows in results.items():
+        own = {k: v for k, v in rows[0].items() if k.startswith(("ppots_", "isad_"))}
+        line += f"\n{name} is {own}" if name.endswith(")") else ""
+    return line
 
 
 def same_seeds(a, b):
     """The rows of two methods for the seeds that both have, in the same order."""
     common = {r["seed"] for r in a} & {r["seed"] for r in b}
     return [r for r in a if r["seed"] in common], [r for r in b if r["seed"] in common]
+
+
+def comparable(results, ours, base):
+    return ours in results and base in results and bool(same_seeds(results[ours], results[base])[0])
 
 
 def table(results, seeds=None):
@@ -120,7 +149,7 @@ def table(results, seeds=None):
     for name, rows in results.items():
         gone = [f"{r['seed']} (step {r['diverged']})" for r in rows if r.get("diverged")]
         if gone:
-            lines.append(f"{name}: loss or gradient not finite, training stopped there but counted as it stands: seed {', '.join(gone)}")
+            lines.append(f"{name}: loss or gradient not finite, no gradient from there on, counted as it stands: seed {', '.join(gone)}")
     return "\n".join(lines)
 
 
@@ -131,13 +160,13 @@ def statistics(results):
     show = lambda x, i, w=5: f"{x:{w}.3f} [{i[0]:.3f},{i[1]:.3f}]"
     head = ["mean", "IQM", "SD", "min", "max", "minus mdm", "P(better)", "SD / mdm's", "SD / arm's"]
     head += [] if text else ["to 90 %", "nll", "SD of nll"]
-    width = [20] * 5 + [22] * 4 + [9, 7, 11]
+    width = [20] * 3 + [8] * 2 + [22] * 4 + [9, 7, 11]
     lines = [f"{'method':22}" + "".join(f"{h:>{w}}" for h, w in zip(head, width))]
     for name, rows in results.items():
         a = column(rows, key)
-        cells = [show(f(a), interval(f, a)) for f in (lambda x: x.mean(-1), iqm, sd, lambda x: x.min(-1), lambda x: x.max(-1))]
+        cells = [show(f(a), interval(f, a)) for f in (lambda x: x.mean(-1), iqm, sd)] + [f"{a.min():.3f}", f"{a.max():.3f}"]
         for base in ("mdm", "arm"):
-            if base not in results or name == base:
+            if name == base or not comparable(results, name, base):
                 cells += ["-"] * (3 if base == "mdm" else 1)
                 continue
             x, y = (column(r, key) for r in same_seeds(rows, results[base]))
@@ -151,31 +180,35 @@ def statistics(results):
             cells += [f"{np.median(reached):.0f}", f"{nll.mean():.3f}", f"{sd(nll):.3f}"]
         lines.append(f"{name:22}" + "".join(f"{c:>{w}}" for c, w in zip(cells, width)))
     lines.append(f"of the {'nll in nats per token' if text else 'accuracy'}; [95 % bootstrap interval over seeds]; minus mdm: by seed; P(better): "
-                 "that a random seed beats a random one of mdm; to 90 %: median steps, inf if fewer than half get there")  # fmt: skip
+                 "that a random seed beats a random one of mdm; to 90 %: median steps, inf unless more than half get there")  # fmt: skip
     if not text:
         floors = ", ".join(f"{name} {noise_floor(column(rows, key)):.3f}" for name, rows in results.items())
-        lines.append(f"SD that testing on 512 problems alone would bring: {floors}")
+        lines.append(f"SD that testing on 512 problems only adds to these: {floors}")
     return "\n".join(lines)
 
 
 def verdict(results, ours="ppots_mirror", base="mdm"):
     """One sentence on the paper's claim, or None when the methods it is about were not both run."""
-    if ours not in results or base not in results:
+    if not comparable(results, ours, base):
         return None
     text = is_text(results[base])
-    key, unit, by = ("nll", "nats per token", 1) if text else ("accuracy", "points of accuracy", 100)
+    key, unit, by, places = ("nll", "nats per token", 1, 3) if text else ("accuracy", "points of accuracy", 100, 1)
     a, b = (column(rows, key) for rows in same_seeds(results[ours], results[base]))
     gain = by * (a - b)  # paired: the same seed has the same initial weights and data
-    line = f"P-POTS+MIRROR minus MDM: {gain.mean():+.{3 if text else 1}f} {unit}"
+    line = f"P-POTS+MIRROR minus MDM: {gain.mean():+.{places}f} {unit}"
     if len(a) > 1:
-        line += f" (standard error {sd(gain) / len(a) ** 0.5:.{3 if text else 1}f}, {len(a)} seeds); spread over seeds (SD) {sd(a):.3f} against {sd(b):.3f}"
+        line += f" (standard error {sd(gain) / len(a) ** 0.5:.{places}f}, {len(a)} seeds); spread over seeds (SD) {sd(a):.3f} against {sd(b):.3f}"
         line += f", ratio {sd(a) / sd(b):.2f}" if sd(b) > 0 else ""
     wins = a.max() < b.min() if text else a.min() > b.max()
     line += f"; its worst seed {'beats' if wins else 'does not beat'} MDM's best. It takes two forward passes a step"
-    controls = [name for name in ("mdm_batch2", "mdm_steps2", "multi2") if name in results]
+    controls = [name for name in ("mdm_batch2", "mdm_steps2", "multi2") if comparable(results, ours, name)]
     if controls:
-        rest = [f"{name} {by * (a.mean() - column(results[name], key).mean()):+.{3 if text else 1}f}" for name in controls]
-        return line + ": against controls of the same compute the difference is " + ", ".join(rest) + "."
+        rest = []
+        for name in controls:
+            x, y = (by * column(rows, key) for rows in same_seeds(results[ours], results[name]))
+            low, high = interval(lambda p, q: (p - q).mean(-1), x, y)
+            rest.append(f"{name} {(x - y).mean():+.{places}f} [{low:+.{places}f},{high:+.{places}f}]")
+        return line + ": against controls of the same compute the difference is " + ", ".join(rest) + " (95 % intervals)."
     return line + ": for controls of the same compute add mdm_batch2,mdm_steps2,multi2 to --method."
 
 
@@ -205,7 +238,7 @@ def figures(out_dir, lines):
     except ImportError:
         return "no figures: they need matplotlib (pip install matplotlib)"
     matplotlib.use("Agg")  # files only, no screen needed
-    matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "svg.hashsalt": "mdm"})
+    matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     names = []
     for i, results in enumerate(groups(lines)):
         end = f"_{i + 1}" if i else ""
@@ -248,8 +281,9 @@ def curves(results):
         ax.axis("off")
     for i, (name, ax) in enumerate(zip(names, axes.flat)):
         lines = results[name]
-        steps = np.array([c["step"] for c in min((r["curve"] for r in lines), key=len)])
-        values = np.array([[math.nan if c[key] is None else c[key] for c in r["curve"][: len(steps)]] for r in lines])
+        at = [{c["step"]: math.nan if c[key] is None else c[key] for c in r["curve"]} for r in lines]
+        steps = np.array(sorted(set.intersection(*map(set, at))))
+        values = np.array([[curve[step] for step in steps] for curve in at])
         color = BLUE if lines[0]["passes"] == 1 else ORANGE
         ax.plot(steps, values.T, color=color, lw=0.5, alpha=0.35)
         if len(lines) > 1:
@@ -266,7 +300,7 @@ def curves(results):
         if i + columns >= len(names):
             ax.set_xlabel("optimizer steps")
     n = max(map(len, results.values()))
-    figure.suptitle(f"{label}: {n} seeds, their interquartile mean and its 95 % band; blue: one forward pass a step, orange: two", fontsize=9)
+    figure.suptitle(f"{label}: {n} seeds, their interquartile mean and its 95 % band; blue: one forward pass a step, orange: more", fontsize=9)
     figure.tight_layout()
     return figure
 
@@ -286,7 +320,7 @@ def strips(results):
         ax.plot([low, high], [y, y], color="black", lw=1.5)
         ax.plot(a.mean(), y, "D", color="white", mec="black", ms=5)
     passes = [results[name][0]["passes"] for name in names]
-    ax.axhline(passes.count(2) - 0.5, color=GREY, lw=0.8, ls=":") if 0 < passes.count(2) < len(names) else None
+    ax.axhline(len(names) - passes.count(1) - 0.5, color=GREY, lw=0.8, ls=":") if 0 < passes.count(1) < len(names) else None
     ax.set_yticks(range(len(names)), [f"{name} ({p})" for name, p in zip(names, passes)])
     ax.set_xlabel(f"{label}, at the end of training (a dot per seed; diamond: mean, bar: 95 % interval)")
     ax.set_ylabel("method (forward passes a step)")
@@ -330,7 +364,7 @@ def law(lines):
     for i, (ax, line) in enumerate(zip(figure.subplots(1, len(lines), sharey=True, squeeze=False).flat, lines)):
         density = lambda mass: np.array(mass) * cells / (2 * s)
         ax.plot(s**2, density(line["measured"]), color=ORANGE, lw=2.5, alpha=0.6, label="measured")
-        ax.plot(s**2, density(line["fitted"]), color=BLUE, lw=1.2, ls="--", label="sampled (EPR fit)")
+        ax.plot(s**2, density(line["fitted"]), color=BLUE, lw=1.2, ls="--", label="sampled")
         ax.axhline(1, color=GREY, lw=0.8, ls=":", label="uniform (plain MDM)")
         ax.set(yscale="log", xlim=(0, 1), ylim=(0.2, 8), xlabel="masking rate t")
         ax.set_title(f"step {line['step']}", fontsize=9)

@@ -90,11 +90,10 @@ def bpe(name):
         import tiktoken
     except ImportError:
         raise ValueError(f"--tokenizer={name} needs the package tiktoken: pip install tiktoken") from None
+    if name not in (names := set(tiktoken.list_encoding_names()) | set(tiktoken.registry.ENCODINGS)):
+        raise ValueError(f"--tokenizer={name} is unknown: char (characters) or one of tiktoken's {', '.join(sorted(names))}")
     try:
         return tiktoken.get_encoding(name)
-    except ValueError:
-        names = ", ".join(tiktoken.list_encoding_names())
-        raise ValueError(f"--tokenizer={name} is unknown: char (characters) or one of tiktoken's {names}") from None
     except Exception as e:  # whatever the network has to offer
         url = getattr(getattr(e, "request", None), "url", None)
         where = f"{url} belongs there under the name {hashlib.sha1(url.encode()).hexdigest()}" if url else "its files belong there"
@@ -105,8 +104,9 @@ def bpe(name):
 def pieces(path, whole_tokens, size=2**20):
     """The text of a file, in strings of about a million characters, so that it need not fit in memory as a string.
 
-    whole_tokens: end each after a lone line feed with something on both sides, over which no BPE token reaches. A byte
-    order mark is dropped, every line ends in a line feed. Raises ValueError for what cannot be read or is not UTF-8.
+    whole_tokens: end each after a lone line feed with something on both sides, over which no token of a BPE reaches (but
+    for o200k's, if a slash follows). A byte order mark is dropped, every line ends in a line feed. Raises ValueError for
+    what cannot be read or is not UTF-8.
     """
     rest = ""
     try:
@@ -114,7 +114,7 @@ def pieces(path, whole_tokens, size=2**20):
             while part := f.read(size):
                 rest += part
                 start, end = max(0, len(rest) - len(part) - 2), 0 if whole_tokens else len(rest)
-                for match in re.finditer(r"\S\n(?=\S)", rest[start:]) if whole_tokens else ():
+                for match in re.finditer(r"\S\n(?=[^\s/])", rest[start:]) if whole_tokens else ():
                     end = start + match.end()
                 if end:
                     yield rest[:end]
@@ -133,7 +133,7 @@ def code_points(text):
 
 def tokenize(path, tokenizer):
     """The whole file as (Vocabulary, token ids (N,) of the smallest dtype that holds them). Reads it twice for
-    characters, once to see which there are. Memory stays below twice the file's size."""
+    characters, once to see which there are."""
     if tokenizer == "char":
         seen, n = np.zeros(0x110000, dtype=bool), 0
         for text in pieces(path, False):
@@ -148,7 +148,7 @@ def tokenize(path, tokenizer):
         parts = [np.array(encoding.encode_ordinary(text), dtype=np.int32) for text in pieces(path, True)]
         n, used = sum(map(len, parts)), np.unique(np.concatenate([np.unique(p) for p in parts])) if parts else np.zeros(0, int)
         vocabulary = Vocabulary(tokenizer, used.tolist())
-    ids = np.empty(n, dtype=np.uint8 if len(used) <= 256 else np.int32)
+    ids = np.empty(n, dtype=np.uint8 if len(used) <= 256 else np.int16 if len(used) <= 2**15 else np.int32)
     index, start = np.zeros(used.max(initial=0) + 1, dtype=ids.dtype), 0
     index[used] = np.arange(len(used))
     for part in parts:

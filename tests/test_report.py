@@ -59,8 +59,8 @@ def test_the_interval_covers():
 
 
 def line(method, seed, accuracy, nll=0.1, passes=1, **more):
-    curve = [{"step": s, "loss": 1.0, "accuracy": accuracy * s / 20, "nll": nll} for s in (10, 20)]
-    return {"method": method, "seed": seed, "dataset": "add3", "steps": 20, "batch_size": 8, "lr": 0.003, "n_layer": 2, "n_embd": 64,
+    curve = [{"step": s, "loss": 1.0, "accuracy": (accuracy or 0) * s / 20, "nll": nll} for s in (10, 20)]
+    return {"method": method, "seed": seed, "dataset": "add3", "steps": 20, "batch_size": 8, "lr": 0.003, "n_layer": 2, "n_embd": 64, "eps": 0.001,
             "accuracy": accuracy, "nll": nll, "passes": passes, "forward_tokens": 10, "seconds": 1.0, "curve": curve, **more}  # fmt: skip
 
 
@@ -74,6 +74,20 @@ def test_groups_hold_what_can_be_compared():
     first, second = report.groups(LINES)
     assert list(first) == ["arm", "mdm", "mdm_batch2", "ppots_mirror"] and list(second) == ["mdm"]
     assert [r["seed"] for r in first["mdm"]] == [0, 1, 2, 3]
+
+
+def test_groups_tell_a_methods_own_settings_apart():
+    group, = report.groups([line("ppots", s, 0.5, ppots_fit=fit) for fit in ("epr", "grid") for s in (1, 2)] + [line("mdm", 7, 0.1)])
+    assert list(group) == ["ppots", "ppots (2)", "mdm"] and len(group["ppots"]) == len(group["ppots (2)"]) == 2
+    assert "grid" in report.heading(group) and report.verdict({"ppots_mirror": group["ppots"], "mdm": group["mdm"]}) is None  # no common seed
+    assert "nan" not in report.statistics(group).split("\n")[1]
+
+
+def test_a_lost_seed_counts_as_the_worst():
+    lost = [line("mdm", s, None if s == 0 else 1.0, None if s == 0 else 1.0) for s in range(3)]
+    assert report.column(lost, "accuracy").tolist() == [0, 1, 1] and report.column(lost, "nll").tolist() == [math.inf, 1, 1]
+    assert report.sd(report.column(lost, "nll")) == math.inf and report.sd(np.array([1.0, 3])) == pytest.approx(2**0.5)
+    assert report.interval(lambda x: x.mean(-1), report.column(lost, "nll"))[1] == math.inf
 
 
 def test_steps_to():

@@ -216,6 +216,7 @@ def test_resume_after_kill_9(tmp_path, capsys):
     assert not list(out.glob("**/*.tmp"))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 def test_resume_after_kill_9_in_the_middle_of_a_write(tmp_path):
     """The third checkpoint is half written, under its temporary name, when the end comes: the second one is still there."""
     flags = [*FLAGS, "--eval_every=1", "--method=mdm", "--seeds=1"]
@@ -238,11 +239,11 @@ def test_resume_after_kill_9_in_the_middle_of_a_write(tmp_path):
     assert same(a, b) and a["curve"] == b["curve"] and not list(tmp_path.glob("**/*.tmp"))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C in another way")
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     flags = [f for f in FLAGS if not f.startswith(("--steps", "--eval_every"))] + ["--steps=100000", "--eval_every=10", "--method=mdm", "--seeds=1"]
     process = subprocess.Popen([sys.executable, ROOT / "train.py", *flags, f"--out_dir={tmp_path}"], stdout=subprocess.PIPE, text=True)
-    while "step" not in process.stdout.readline().split(";")[0]:
-        pass
+    next(line for line in process.stdout if "loss" in line)
     process.send_signal(signal.SIGINT)
     rest = process.communicate(timeout=60)[0]
     assert process.returncode == 130 and "--resume" in rest.splitlines()[-1]
@@ -261,13 +262,14 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
                                   ["--report"], ["--n_seeds=1e3"], ["--seeds=1,,2"], ["--steps=" + "9" * 5000]])  # fmt: skip
 def test_train_refuses(args, tmp_path, capsys):
     refused(capsys, train.main, [*FLAGS, f"--out_dir={tmp_path}", *args])
-    assert not list(tmp_path.iterdir())
+    assert {p.name for p in tmp_path.iterdir()} <= {"lock"}
 
 
 def test_out_of_memory_is_one_line(tmp_path, capsys, monkeypatch):
-    """torch's own error, raised where it happens, for a tensor that no machine could hold."""
-    monkeypatch.setattr(train, "check_memory", lambda *a: None)
-    assert "--n_embd" in refused(capsys, train.main, [*FLAGS, f"--out_dir={tmp_path}", "--method=mdm", "--n_embd=1000000000"])
+    """torch's own errors, for tensors that no machine could hold."""
+    for size in ((2**60,), (2**62, 2**62)):
+        monkeypatch.setattr(train, "build", lambda *a: torch.empty(size))
+        assert "--n_embd" in refused(capsys, train.main, [*FLAGS, f"--out_dir={tmp_path}", "--method=mdm"])
 
     def another_error(*a):
         raise RuntimeError("a bug of ours")
@@ -277,6 +279,7 @@ def test_out_of_memory_is_one_line(tmp_path, capsys, monkeypatch):
         train.main([*FLAGS, f"--out_dir={tmp_path}"])
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such limit")
 def test_disk_full(tmp_path):
     """Files may not grow beyond a few kilobytes: the checkpoint cannot be written, one line says so, and what was there stays."""
     flags = [*FLAGS, f"--out_dir={tmp_path}", "--seeds=1"]
@@ -321,13 +324,19 @@ def test_fine_tuning_starts_from_the_first_seed_of_another_run(tmp_path, capsys)
     assert "12 tokens" in refused(capsys, train.main, [*fine, "--dataset=add4"])
 
 
-def test_until_nll(tmp_path):
+def test_until_nll(tmp_path, capsys):
     """Training ends at the first evaluation that is good enough, and counts as finished."""
     flags = [*FLAGS, f"--out_dir={tmp_path}", "--method=arm", "--seeds=1,2", "--steps=300", "--eval_every=10", "--until_nll=2.2"]
     assert train.main(flags) == 0 and train.main([*flags, "--resume"]) == 0
     lines = [json.loads(x) for x in (tmp_path / "results.jsonl").read_text("utf-8").splitlines()]
     nll = [sum(c["nll"] for c in point) / 2 for point in zip(*(x["curve"] for x in lines))]
-    assert len(nll) < 30 and nll[-1] <= 2.2 < min(nll[:-1])
+    assert len(nll) < 30 and nll[-1] <= 2.25 and 2.2 < min(nll[:-1])  # the last was measured again, on all problems
+    assert "--until_nll" in refused(capsys, train.main, [*[f for f in flags if not f.startswith("--until")], "--resume"])
+    state = torch.load(tmp_path / "arm" / "ckpt.pt", weights_only=True)["state"]
+    cfg, data = train.Config(**{**TINY, "dataset": "add2"}), arith.make("add2")
+    model, _ = train.build(cfg, frozenset({"arm"}), [1, 2], data, "cpu")
+    model.load_state_dict(state["model"])
+    assert train.evaluate(model, data)["nll"] == pytest.approx([x["nll"] for x in lines], rel=1e-5)
 
 
 TEXT = "".join(f"{i} green bottles hanging on the wall,\n" for i in range(300))
@@ -350,7 +359,7 @@ def test_text_end_to_end(tmp_path, capsys):
 
     base = [f"--out_dir={tmp_path / 'out'}", "--device=cpu"]
 
-    def ask(*args, lines=True):
+    def ask(*args):
         assert sample.main([*base, *args]) == 0
         return capsys.readouterr().out
 
@@ -362,8 +371,10 @@ def test_text_end_to_end(tmp_path, capsys):
     steps = ask("--method=mdm", "--prompt=12 gr", "--steps=5", "--show", "--order=random", "--mask_char=?").split("12 gr")[1:]
     assert [s.count("?") for s in steps] == [11, 8, 6, 4, 2, 0]
     filled = ask("--method=mdm", "--prompt=12 __een __tt")
-    assert len(filled) == 13 and filled[:3] == "12 " and filled[5:9] == "een " and filled[11:] == "tt\n"[:2] or "\n" in filled
+    assert len(filled) == 14 and filled[:3] == "12 " and filled[5:9] == "een " and filled[11:] == "tt\n" and "_" not in filled
     assert len(ask("--method=mdm", "--length=5")) == 6
+    given = sample.main([*base, "--method=mdm", "--prompt=12 _reen b_ttl"]), capsys.readouterr().err
+    assert given[0] == 0 and "2 tokens a sequence in 2 forward passes" in given[1]
     for args, message in (["--prompt=Q"], "'Q'"), (["--prompt=" + "1" * 17], "17 tokens"), (["--method=arm", "--prompt=1_"], "ARM"), (
         ["--mask_char=ab"], "one character"), (["--length=0"], "--length"):  # fmt: skip
         assert message in refused(capsys, sample.main, [*base, "--method=mdm", *args])
@@ -419,14 +430,24 @@ def test_sample_refuses(tmp_path, capsys):
         refused(capsys, train.main, [*FLAGS, f"--out_dir={tmp_path}", "--method=mdm", "--seeds=1", "--resume"])
     torch.save({"step": 3}, ckpt)
     refused(capsys, sample.main, [*base, "--prompt=12+34="])
-    torch.save({"config": ROOT, "method": Evil(), "seeds": 1, "state": 1}, ckpt)  # a pickle that wants to run code
-    refused(capsys, sample.main, [*base, "--prompt=12+34="])
+    for text in ("abc", "soup", "t", ".", "epoch 3"):  # which happen to be pickles, of a kind
+        ckpt.write_text(text)
+        assert "not a checkpoint" in refused(capsys, sample.main, [*base, "--prompt=12+34="])
+    ckpt.write_bytes(content)
+    evil = Evil(tmp_path / "evil")
+    torch.save({**torch.load(ckpt, weights_only=True), "method": evil}, ckpt)  # a pickle that wants to run code
+    assert "not a checkpoint" in refused(capsys, sample.main, [*base, "--prompt=12+34="])
     assert not (tmp_path / "evil").exists()
+    torch.load(ckpt, weights_only=False)
+    assert (tmp_path / "evil").exists()  # it would have
 
 
 class Evil:
+    def __init__(self, path):
+        self.path = str(path)
+
     def __reduce__(self):
-        return os.system, ("echo this must never run",)
+        return os.mkdir, (self.path,)
 
 
 def test_help_explains_every_flag(capsys):
@@ -472,6 +493,7 @@ def test_two_processes_are_one(tmp_path):
 def test_states_are_shared_out_and_joined(data):
     state = go(data, "ppots", seeds=[1, 2, 3])
     back = train.join([train.share_of(state, 0, 2), train.share_of(state, 2, 3)])
+    assert torch.equal(back["laws"][1]["measured"], state["laws"][1]["measured"]) and back["diverged"].tolist() == [0, 0, 0]
     assert same(back, state) and back["curve"] == state["curve"] and torch.equal(back["theta"], state["theta"])
     assert back["optimizer"]["param_groups"] == state["optimizer"]["param_groups"] and back["step"] == state["step"]
     one = train.share_of(state, 1, 2)
