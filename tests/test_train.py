@@ -385,6 +385,15 @@ def test_text_end_to_end(tmp_path, capsys):
     assert train.main([*FLAGS, *flags, "--method=isad", "--seeds=1"]) == 0
 
 
+def test_every_method_trains_on_text(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
+    methods = "arm mdm strats lowdisc isad clipped reclipped ema multi2 mdm_batch2 mdm_steps2 ppots_mirror ppots_strats exactk_ppots_mirror exactk_strats"
+    flags = [f"--dataset={tmp_path / 'a.txt'}", "--block_size=20", f"--method={methods.replace(' ', ',')}", "--seeds=1", f"--out_dir={tmp_path / 'out'}"]
+    assert train.main([*FLAGS, *flags, "--ppots_fit=grid"]) == 0
+    lines = [json.loads(x) for x in (tmp_path / "out" / "results.jsonl").read_text("utf-8").splitlines()]
+    assert [x["method"] for x in lines] == methods.split() and all(x["nll"] < 4.2 for x in lines)
+
+
 def test_an_arm_on_text_is_scored_as_nanogpt_scores(tmp_path):
     """nll of block_size tokens given the one before them, each from the tokens before it: written out by hand."""
     (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
