@@ -15,7 +15,8 @@ and the law of total variance takes them apart ("Bringing Stability to Diffusion
 
 The same identity holds for the gradient, with "variance" read as the trace of the covariance. The paper lowers A
 and B with six methods; the two that matter most are P-POTS (a better law for t) and MIRROR (two masks that make
-up for each other). This file holds them all, read in this order:
+up for each other). This file holds them (all but the one line of SyRM, which masks more positions: see train.py's build),
+read in this order:
 
     1 the model            2 the loss               3 P-POTS: choosing t            4 MIRROR: choosing the masks
     5 the other methods    6 a method, put together 7 the variance, measured        8 generation
@@ -24,7 +25,9 @@ up for each other). This file holds them all, read in this order:
 
 LETTERS. S seeds (independent models trained side by side), B sequences in a batch, T = block_size tokens in a
 sequence, n response tokens (only these are ever masked), M masks per sequence (= forward passes it costs),
-V = vocab_size, C = n_embd. A method is called unbiased when the mean of its loss is L. "OURS" marks what is derived here and not in the paper.
+V = vocab_size, C = n_embd. k = |m| is the number of hidden tokens, H or H_m = sum_{i in m} -log p(x0_i | xt) their summed loss.
+(A, B and C are variances where variances are spoken of, sizes in shapes.) A method is called unbiased when the mean of its
+loss is L. "OURS" marks what is derived here and not in the paper.
 """
 import functools
 import math
@@ -39,7 +42,7 @@ import torch.nn.functional as F
 #
 # Row s of each parameter belongs to seed s. The rows never meet: S models train in one stream of batched matmuls,
 # at far less than S times the cost of one. With S = 1 it is the transformer you know. There is no time embedding:
-# the number of mask tokens in xt already tells the model what t was (RADD, arXiv 2406.03736).
+# t decides only which tokens are hidden, so given xt it says nothing more about them (RADD, arXiv 2406.03736).
 
 
 @dataclass
@@ -175,21 +178,24 @@ def rate_to_p_mask(t, eps=1e-3):
     """p_mask = (1 - eps) t + eps, the probability that a token is masked (LLaDA's schedule).
 
     OURS: eps is not cosmetic. For small t a single hidden token costs nll/(n t), so E[l^2 | t] ~ 1/t and, under
-    t ~ U(0,1), Var(l) grows like log(1/eps) without bound. eps = 1e-3 is what keeps the plain loss trainable.
-    Its price: (2) is then an average over p_mask in (eps, 1), and that is what the methods with a t are unbiased for.
+    t ~ U(0,1), Var(l) grows like log(1/eps) without bound. eps = 1e-3 is what keeps it finite.
+    Its price: (2) is then an average over p_mask in (eps, 1), and that is what methods with this p_mask are unbiased for;
+    exactk, reclipped and the validation bound (nll_masks) have no eps and aim at (2) itself.
     """
     return (1 - eps) * t + eps
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# 3. P-POTS: the Pareto-optimal t-sampler. Attacks A and B together; one pass; unbiased.
+# 3. P-POTS: the Pareto-optimal t-sampler. Attacks the sum A + B; one pass, and about 1 % for the pilot; unbiased.
 #
 # Draw t ~ p(t) and multiply the loss by 1/p(t): the mean stays, whatever p > 0 is. The variance becomes
 # int E[l^2|t] / p(t) dt - L^2, and by Cauchy-Schwarz it is least for
 #
 #     p*(t)  ∝  sqrt( E_{x0}[ g(x0,t)^2 + v(x0,t) ] ),     g = E_m[l | x0,t],   v = Var_m[l | x0,t]             (4)
 #
-# "Visit the hard rates more often, in steps that are smaller in proportion."
+# "Visit the hard rates more often, in steps that are smaller in proportion." It is the sum that falls, mostly by way of A;
+# B may rise, since g/p is less even than g. And it is the loss's variance: the gradient's optimum has the squared norm of the
+# gradient in place of l^2, for which the loss stands in, as in the paper. Rates are taken to be independent.
 #
 # How to measure (4)? The authors average over a grid of rates, sequences and masks. OURS, better and cheaper: given
 # the NUMBER k of hidden tokens, all masks are equally likely, whatever t was. So it is enough to measure the summed
@@ -234,9 +240,9 @@ def curves(counts, H, t, n, eps=1e-3):
     """g^2 and v of equation (4), averaged over x0, at the rates t (Q,): two tensors (S, Q), float64.
 
     From the pilot's counts (n_counts,) and H (S, X, n_counts, repeats >= 2). Both are unbiased when every count was
-    measured (n <= 16); beyond, H/k is interpolated between counts. It is the mean over x0 of g^2 that belongs in (4),
+    measured (n <= 16); beyond, E[H/k] and E[(H/k)^2] are interpolated between counts. It is the mean over x0 of g^2 that belongs in (4),
     not the square of the mean (with the latter the data's own spread is lost: a slip in the authors' release). P-POTS
-    needs only the sum of the two.
+    needs only the sum of the two; g^2 alone is what is bought with repeats, to be looked at.
     """
     p_mask, per_token = rate_to_p_mask(t, eps), H.double() / counts[:, None]
     k = torch.arange(1, n + 1, device=t.device)
@@ -259,12 +265,12 @@ def interpolation(counts, n):
 
 
 def epr(theta, t):
-    """The paper's EPR family: p(t) ∝ sqrt(v^ + g^2), v^ = a t^r + b (1-t)^q, g^ = A exp(k t^m).
+    """The paper's EPR family: p(t) ∝ sqrt(v_fit + g_fit^2), v_fit = a t^r + b (1-t)^q, g_fit = exp(k t^m).
 
-    theta (..., 6) stands for a, b, k, r, q, m, without constraint: softplus makes them positive, and 1 is added to the
-    exponents r, q, m. A is 1, since only the shape matters. Returns log p, not normalised: (..., len(t)).
-    OURS: the family stays finite at t = 0 where the optimum (4) grows like t^(-1/2), so under it some of the plain
-    loss's log(1/eps) survives. The measured curve itself (fit="grid") is free of it.
+    theta (..., 6) stands for these a, b, k, r, q, m, without constraint: softplus makes them positive, and 1 is added to
+    the exponents r, q, m. The paper's amplitude of g is 1 here, since only the shape matters. Returns log p, not
+    normalised: (..., len(t)). OURS: the family stays finite at t = 0, where the optimum (4) grows like (t + eps)^(-1/2), so
+    under it some of the plain loss's log(1/eps) survives. The measured curve itself (fit="grid") is free of it.
     """
     a, b, k, r, q, m = F.softplus(theta).unsqueeze(-1).unbind(-2)
     log_t, log_1mt = t.log(), (1 - t).log()
@@ -294,10 +300,10 @@ def fit_epr(t, w, start=None, n_starts=20, n_steps=400):
         return theta[torch.arange(S), kl().argmin(-1)]
 
 
-# The law that is really sampled is a table. With s = sqrt(t), p is constant in s on each of n_cells equal cells:
+# The law that is really sampled is a table. With s = sqrt(t), the density of s is constant on each of n_cells equal cells:
 # p(t) = cell_mass * n_cells / (2 sqrt(t)). Two things follow. The inverse of the CDF is exact, so the weight 1/p(t)
 # is that of the density really drawn and E[weight] = 1 to rounding. And within a cell p goes like t^(-1/2), as the
-# optimum does at 0, so that below the first cell's edge, t = 1/N_CELLS^2, no law made from a table has a log(1/eps).
+# optimum does at 0, so that below the first cell's edge, t = 1/N_CELLS^2 = 6e-5, the log(1/eps) ends, for a fitted EPR too.
 N_CELLS = 128
 
 
@@ -345,8 +351,9 @@ def mirror_masks(r, p_mask):
 
     Each mask alone is an ordinary one at rate p_mask, so the mean of their losses is unbiased. For p_mask <= 1/2
     they are disjoint; for p_mask >= 1/2 they cover every token. With rho their losses' correlation given x0 and t,
-    Var_m(mean) = Var_m(l)/2 * (1 + rho): A falls by half, and by more as rho < 0, which holds when hiding one more
-    token never lowers the summed loss (the two losses are then monotone in r, in opposite directions). B and C stay.
+    Var_m(mean) = Var_m(l)/2 * (1 + rho): A falls by half, and by more where rho < 0. rho <= 0 holds when hiding one more
+    token never lowers the summed loss (the two losses are then monotone in r, in opposite directions). That is about
+    the loss; for the gradient it is an observation (see --variance), not a theorem. B and C stay.
     The second pass is paid for: compare with two independent masks (`multi2`), twice the batch (`batch2`), twice the
     steps (`steps2`). (A fresh r for the second mask, as in the head of the authors' release, is multi2, not MIRROR.)
     """
@@ -360,8 +367,8 @@ def mirror_masks(r, p_mask):
 def stratify(u, shuffle, strata):
     """StraTS: stratified rates. Attacks B; one pass; unbiased. (Paper; MDLM calls one draw per stratum antithetic.)
 
-    (0,1] is cut into so many strata and the batch into as many equal groups; u (..., B) and shuffle (..., B),
-    a random permutation, decide what falls where. Each u alone stays uniform, so this goes before any inverse CDF.
+    (0,1] is cut into so many strata and the batch into as many equal groups; u (..., B) and shuffle (..., B), a random
+    permutation of 0..B-1, decide what falls where. Each u alone stays uniform, so this goes before any inverse CDF.
     """
     return (shuffle % strata + u) / strata
 
@@ -373,8 +380,8 @@ def n_strata(batch_size):
 
 
 def low_discrepancy(u, shuffle):
-    """One random offset and a comb: u_i = (u_0 + i/B) mod 1. Attacks B; one pass; unbiased.
-    (VDM, arXiv 2107.00630, appendix I.1; SMDM's evaluation.)"""
+    """One random offset and a comb: (u_0 + i/B) mod 1 for i = 0..B-1, shuffled (and mirrored, to be in (0,1]). Attacks B;
+    one pass; unbiased. (VDM, arXiv 2107.00630, appendix I.1; SMDM's evaluation.)"""
     return 1 - (u[..., :1] + shuffle / u.shape[-1]) % 1.0  # in (0,1]
 
 
@@ -382,12 +389,15 @@ def exact_count(u, table):
     """Exact count: hide exactly k ~ U{1..n} tokens, weight 1/k. Attacks A; one pass; unbiased (for eps = 0).
     (RADD, arXiv 2406.03736; LLaDA's evaluation; PUMA trains with it.)
 
-    Its mean is L since int t^(k-1) (1-t)^(n-k) dt = 1/(k C(n,k)). Its variance is never larger than the plain one's:
-    averaging the plain weight 1/t over t given the mask (Rao-Blackwell) leaves (n+1)/k, on k ~ U{0..n}; never drawing
-    the useless k = 0 takes off another factor n/(n+1) of E[l^2]. There is no 1/t left, and no eps.
+    Its mean is L since int t^(k-1) (1-t)^(n-k) dt = 1/(k C(n,k)). At eps = 0 its variance is never larger than the plain
+    one's: averaging the plain weight 1/t over t given the mask (Rao-Blackwell) leaves (n+1)/k, on k ~ U{0..n}; never
+    drawing the useless k = 0 takes off another factor n/(n+1) of E[l^2]. There is no 1/t left, and no eps. (Against a
+    plain loss with eps > 0 the argument needs k of order 1/eps to fail: responses of many hundred tokens.)
+    Its rate is k itself. The luck of k given t, part of A before, counts as B now: B is never smaller than the plain
+    one's, and only totals should be compared.
     OURS: with t = k/n and the ranks of r in place of r, it is an ordinary mask, to which all else in this file
     applies: MIRROR takes the k lowest and the k highest ranks, StraTS stratifies k, P-POTS draws k from a table of
-    p_k with weight 1/(n p_k), optimal for p_k ∝ sqrt(E[(H/k)^2]).
+    p_k with weight 1/(n p_k), optimal, for the loss, when p_k ∝ sqrt(E[(H/k)^2]).
 
     u (S, B) in (0,1], table (S, n) the probability of each k -> k/n (S, B) and importance weight (S, B).
     """
@@ -400,7 +410,7 @@ def isad(p_mask, is_rare, delta=0.2):
 
     q = min(p_mask + delta, 1) where is_rare (..., n), and the weight there is 1/q, so every token counts as often as
     before. OURS: that does not make it unbiased. The OTHER tokens are now predicted with the rare ones hidden more
-    often, so the contexts are others than those of (2); only a model that ignores its context would not notice.
+    often, so the contexts are others than those of (2), which shows as soon as a prediction depends on a rare token.
     (The authors' history multiplies by p/q once more, which in addition weighs the rare tokens less.)
     """
     return torch.where(is_rare, (p_mask + delta).clamp(max=1), p_mask)
@@ -414,7 +424,9 @@ def clipped(u, beta=0.3, omega=0.8):
 
 @functools.lru_cache
 def clipped_weights(n, beta=0.3, omega=0.8, device=None, dtype=torch.float64):
-    """OURS: what to put in place of 1/t so that clipped rates are unbiased (`reclipped`): (n+1,), by |m| = 0..n.
+    """OURS: what to put in place of 1/t so that clipped rates are unbiased (`reclipped`): (n+1,), by |m| = 0..n. Only for
+    short responses: masks that are frequent under (2), such as a single token, hardly occur here when n is large, and
+    their weights grow exponentially (beyond n of about 10 the variance exceeds the plain one's).
 
     Every mask can occur at some t in [beta, omega], so weigh it by how often it occurs under (2) and how often here:
     int_0^1 t^(k-1) (1-t)^(n-k) dt over the mean over [beta, omega] of t^k (1-t)^(n-k), k = |m|.
@@ -454,21 +466,22 @@ def ema_control_variate(loss, u, ema, rate=0.01):
 
 # ---------------------------------------------------------------------------------------------------------------
 # 6. A method is a set of ingredients, written with underscores: "ppots_mirror". It is what happens to u (the
-# rate), to r (the mask) and to the weight, in this order, and that is all.
+# rate), to r (the mask) and to the weight. (Four do something else: syrm masks more positions, ema touches the reported
+# loss only, batch2 and steps2 the length of the training; train.py does these.)
 
 INGREDIENTS = {  # name: (attacks, passes, what it does)
     "exactk": ("A", 1, "mask exactly k ~ U{1..n} tokens, weight 1/k (no eps)"),
-    "ppots": ("A B", 1, "draw t (or k) from the variance-optimal law"),
+    "ppots": ("A+B", 1, "draw t (or k) from the law of least variance of the loss"),
     "strats": ("B", 1, "stratified rates over the batch"),
     "lowdisc": ("B", 1, "one-offset low-discrepancy rates over the batch"),
     "isad": ("A", 1, "mask rare tokens more often, weight 1/q; BIASED: other contexts"),
     "syrm": ("-", 1, "mask the prompt's structural symbols too; BIASED: another objective"),
     "clipped": ("A", 1, "t ~ U[0.3, 0.8]; BIASED"),
-    "reclipped": ("A", 1, "the same, reweighted to be unbiased (ours)"),
+    "reclipped": ("A", 1, "the same, reweighted to be unbiased (ours); short responses only"),
     "ema": ("-", 1, "control variate on the reported loss; the gradient is unchanged"),
     "multi2": ("A", 2, "control: the mean of two independent masks"),
     "mirror": ("A", 2, "two negatively correlated masks"),
-    "batch2": ("A B C", 2, "control: twice the batch"),
+    "batch2": ("A+B+C", 2, "control: twice the batch"),
     "steps2": ("-", 2, "control: twice the steps"),
 }
 CONFLICTS = [  # each of these groups sets the same thing in different ways
@@ -542,7 +555,7 @@ def draw_masks(method, u, r, table=None, eps=1e-3, is_rare=None):
     """Masks and weights of any method, ready for mdm_loss: mask (M, S, B, n) bool, weight (M, S, B, n).
 
     u (S, B) in (0,1], from draw_rates; r (1, S, B, n) uniform in [0,1), or (2, S, B, n) for multi2 (MIRROR makes two of
-    each); table as in rate(); is_rare (S, B, n) bool for isad.
+    each); table as in rate(); is_rare (S, B, n) bool for isad. reclipped raises ValueError for n > 16, see clipped_weights.
     """
     n = r.shape[-1]
     p_mask, importance = (z[..., None] for z in rate(method, u, n, table, eps))
@@ -553,6 +566,8 @@ def draw_masks(method, u, r, table=None, eps=1e-3, is_rare=None):
     mask = mirror_masks(r, p_mask) if "mirror" in method else bernoulli_masks(r, p_mask)
     mask = mask.flatten(0, 1)
     if "reclipped" in method:
+        if n > 16:
+            raise ValueError(f"reclipped is for responses of up to 16 tokens, not {n}: its variance grows exponentially")
         weight = clipped_weights(n, device=u.device, dtype=u.dtype)[mask.sum(-1, keepdim=True)]
     else:
         weight = importance / p_mask
@@ -574,7 +589,7 @@ def ppots_law(method, counts, H, n, fit="epr", eps=1e-3, start=None):
 
     exactk: p_k ∝ sqrt(E[H^2 | k]) / k. Otherwise equation (4), through the EPR family (fit="epr") or as it was
     measured (fit="grid"). start: the previous theta, if any. Beside MIRROR too p is that of the single mask, as in the
-    paper: any p is unbiased, and for the pair it is near the optimum, not quite at it.
+    paper: any p is unbiased; for the pair it is not quite the optimum.
     """
     if "exactk" in method:
         per_token = H.double() / counts[:, None]
@@ -592,11 +607,13 @@ def ppots_law(method, counts, H, n, fit="epr", eps=1e-3, start=None):
 #
 # Exactly, where all 2^n masks can be listed (OURS). Let V_m be what mask m brings: the number H_m = sum_{i in m} nll_i,
 # or the vector of its gradient. A method's loss is a weighted V_m, so its moments are linear in the Gram matrix
-# K = E_{x0}[V V^T] (2^n x 2^n), and all that makes a METHOD is in three arrays that know neither model nor data:
+# K = E_{x0}[V V^T] (N x N, N = 2^n), and all that makes a METHOD is in three arrays that know neither model nor data
+# (<X, K> is the sum of all X_mm' K_mm'):
 #
 #     E ||l||^2 = <second, K>      E ||E[l | x0,t]||^2 = <given_t, K>      E ||E[l | x0]||^2 = <mean mean^T, K>
 #
-# A and B are the differences of these. C takes K minus the Gram matrix of the mean V over x0.
+# A and B are the differences of these. C takes K minus the Gram matrix of the mean V over x0. A fourth array, `between`,
+# is what rates that are correlated over the batch (strats, lowdisc) take off B.
 
 
 @dataclass
@@ -605,7 +622,7 @@ class Law:
 
     second: torch.Tensor  # (N, N)
     given_t: torch.Tensor  # (N, N)
-    mean: torch.Tensor  # (N,): probability times weight of each mask, so E[l] = mean . V; unbiased: those of (2)
+    mean: torch.Tensor  # (N,): probability times weight of each mask, so E[l] = mean . V; unbiased: those of (2), at its eps
     between: torch.Tensor  # (N, N): what correlated rates (strats, lowdisc) take off B, as a form in the mean V
 
 
@@ -653,8 +670,9 @@ def quadrature(cuts):
 
 
 def n_rate_groups(method, batch_size):
-    """The number of equal parts of (0,1] between which u cannot differ by chance. ema, once converged, takes away the same
-    from the loss (not from the gradient: ask for method - {"ema"} there); beside strats or lowdisc it is not counted."""
+    """The number of equal parts of (0,1] the differences between which are taken off B: strats' strata, lowdisc's comb, and
+    for the loss ema's bins, once converged (not for the gradient: ask for method - {"ema"} there; beside strats or lowdisc
+    they are not counted)."""
     if "lowdisc" in method:
         return batch_size
     return n_strata(batch_size) if "strats" in method else 10 if "ema" in method else 1
@@ -662,8 +680,11 @@ def n_rate_groups(method, batch_size):
 
 def exact_law(method, n, table=None, eps=1e-3, batch_size=64):
     """The Law of a method for n response tokens, by quadrature over u; the rates come from the same rate() that
-    training uses. table (cells,) float64. Costs 2^n times 500 to 1500 nodes, and 4^n numbers. Not for isad, whose
-    weights depend on the tokens. Raises ValueError where the variance is infinite: a plain 1/t with eps = 0."""
+    training uses. table (cells,) float64. Costs 2^n times 500 to 1500 nodes (lowdisc: times batch_size), and 4^n numbers.
+    Raises ValueError for isad, whose weights depend on the tokens, and where the variance is infinite: a plain 1/t with
+    eps = 0."""
+    if "isad" in method:
+        raise ValueError("isad's law depends on the tokens: measure it with monte_carlo_variance")
     if eps == 0 and not method & {"exactk", "ppots", "clipped", "reclipped"}:
         raise ValueError("with eps = 0 the variance of the plain loss is infinite")
     if "exactk" in method and table is None:
@@ -739,7 +760,8 @@ def grams(model, x0, pos, s=0, chunk=128):
 
 def exact_variance(law, K, K_mean):
     """A, B, C and their total per sequence, of a Law (None for an ARM), and the mean (of the loss, or the norm of the
-    mean gradient), from one pair of grams(). A batch of b sequences has 1/b of it."""
+    mean gradient), from one pair of grams(). A batch of b sequences has 1/b of it (strats, lowdisc: for the batch_size that
+    exact_law was given)."""
     if law is None:
         return {"A": 0.0, "B": 0.0, "C": float(K - K_mean), "total": float(K - K_mean), "mean": float(K_mean) ** 0.5}
     A = (law.second - law.given_t).mul(K).sum()
@@ -770,8 +792,8 @@ def monte_carlo_variance(model, x0, pos, method, generator, table=None, eps=1e-3
 
     For each x0 (X, T) n_rates rates, for each rate n_repeats masks (M each), drawn by draw_masks. With W the variance
     within a rate, R that of the rates' means, D that of the sequences' means: A = W, B = R - W/n_repeats,
-    C = D - R/n_rates, each unbiased. (But lowdisc, and strata beyond 16, are taken for 16 strata.) Returns (loss,
-    gradient), each {"A", "B", "C", "total", "mean": (estimate, standard error)}, the error from a bootstrap over x0.
+    C = D - R/n_rates, each unbiased. (But lowdisc, and strata beyond 16, are taken for 16 strata; and for ema only the
+    loss's B is meant, see n_rate_groups.) is_rare (X, n) bool for isad. Returns (loss, gradient), each {"A", "B", "C", "total", "mean": (estimate, standard error)}, the error from a bootstrap over x0.
     Memory: X gradients for each of the strata.
     """
     X, n, arm = len(x0), len(pos), model.config.causal
@@ -892,7 +914,8 @@ def demo():
     print(variance_table(rows))
 
     epsilons = [1e-2, 1e-3, 1e-4, 1e-5, 1e-6]
-    print("\nThe loss's total variance as eps -> 0: without bound, like log(1/eps), but for P-POTS and for exact counts.\n")
+    print("\nThe loss's total variance as eps -> 0: without bound, like log(1/eps), for mdm; under the fitted EPR down to the table's")
+    print("first cell, eps = 6e-5; settled under the law as it was measured, and for exact counts.\n")
     print(f"{'eps':22}" + "".join(f"{eps:10.0e}" for eps in epsilons))
     for label, name, fit in [("mdm", "mdm", ""), ("ppots, EPR", "ppots", "epr"), ("ppots, as measured", "ppots", "grid"), ("exactk", "exactk", "")]:
         print(f"{label:22}" + "".join(f"{exact_variance(law(name, eps, fit), *K_mdm[0])['total']:10.4g}" for eps in epsilons))

@@ -125,7 +125,7 @@ def fail(message, of_all=True):
 def methods_help():
     lines = ["methods: arm, mdm, or ingredients of an MDM joined by _ (pposts is read as ppots):"]
     for word, (attacks, passes, what) in mdm.INGREDIENTS.items():
-        lines.append(f"  {word:10} attacks {attacks:4} {'2 passes' if passes == 2 else '1 pass  '}  {what}")
+        lines.append(f"  {word:10} attacks {attacks:5} {'2 passes' if passes == 2 else '1 pass  '}  {what}")
     return "\n".join(lines)
 
 
@@ -692,6 +692,9 @@ def run(cfg, methods, seeds):
         rare_tokens(cfg, data)  # a wrong --isad_tokens should fail now, not after an hour
     if "syrm" in set().union(*methods) and not data.structural:
         raise UserError(f"syrm masks the structural symbols of a prompt, and the prompts of {cfg.dataset} have none")
+    n = data.test.shape[1] - data.prompt_len
+    if "reclipped" in set().union(*methods) and n > 16:
+        raise UserError(f"reclipped is for responses of up to 16 tokens, not {n}: beyond, its variance grows exponentially")
     if cfg.variance and frozenset() not in methods:
         raise UserError("--variance measures at the plain MDM's weights: add mdm to --method")
     if cfg.variance and cfg.eps == 0:
@@ -798,6 +801,7 @@ def measure_variance(cfg, methods, seed, data, device, n_problems=64):
     its own), on held-out problems. Prints a table for each and writes OUT_DIR/variance.jsonl."""
     arm = [frozenset({"arm"})] if frozenset({"arm"}) in methods else []
     methods = arm + [m for m in dict.fromkeys([*map(parse_method, VARIANCE_METHODS), *methods]) if "arm" not in m]
+    methods = [m for m in methods if "reclipped" not in m or data.test.shape[1] - data.prompt_len <= 16]
     x0, lines = data.test[:n_problems].to(device), []
     began = reported = time.perf_counter()
     for trained in (False, True):

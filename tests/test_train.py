@@ -382,12 +382,13 @@ def test_text_end_to_end(tmp_path, capsys):
     (tmp_path / "a.txt").write_text(TEXT.replace("wall", "hall"), encoding="utf-8")  # another text, the same characters
     assert "has changed" in refused(capsys, train.main, [*FLAGS, *flags, "--method=mdm", "--seeds=1,2", "--resume"])
     assert "syrm" in refused(capsys, train.main, [*FLAGS, *flags, "--method=syrm"])
+    assert "exponentially" in refused(capsys, train.main, [*FLAGS, *flags, "--block_size=17", "--method=reclipped"])
     assert train.main([*FLAGS, *flags, "--method=isad", "--seeds=1"]) == 0
 
 
 def test_every_method_trains_on_text(tmp_path, capsys):
     (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
-    methods = "arm mdm strats lowdisc isad clipped reclipped ema multi2 mdm_batch2 mdm_steps2 ppots_mirror ppots_strats exactk_ppots_mirror exactk_strats"
+    methods = "arm mdm strats lowdisc isad clipped ema multi2 mdm_batch2 mdm_steps2 ppots_mirror ppots_strats exactk_ppots_mirror exactk_strats"
     flags = [f"--dataset={tmp_path / 'a.txt'}", "--block_size=20", f"--method={methods.replace(' ', ',')}", "--seeds=1", f"--out_dir={tmp_path / 'out'}"]
     assert train.main([*FLAGS, *flags, "--ppots_fit=grid"]) == 0
     lines = [json.loads(x) for x in (tmp_path / "out" / "results.jsonl").read_text("utf-8").splitlines()]
