@@ -268,11 +268,12 @@ def train(cfg, method, seeds, data, device="cpu", state=None, save=None, stop=No
     """Train one method for all seeds at once. A plain function of its arguments: it prints and writes nothing.
 
     cfg: Config; method: from parse_method; seeds: list of int; data: from load_data; state: a dictionary from an earlier
-    call, to go on from, or only {"model": weights} to start with; save(state): called after every evaluation, True ends the training there; stop(): asked
-    after every step, True ends it as well (save is called first). A state that was not "done" can be continued.
-    Returns the state: "step", "steps", "model", "optimizer", "curve" [{"step", "loss", "accuracy", "nll"}, with one
-    value per seed], "seconds", "forward_tokens", "n_params", "done", "diverged" (S,), the step at which a seed's loss or
-    gradient stopped being finite (from there on its gradient counts as zero) or 0, and what P-POTS and EMA remember.
+    call, to go on from, or only {"model": weights} to start with; save(state): called after every evaluation, True ends
+    the training there, and so does setting state["done"]; stop(): asked after every step, True ends it as well (save is
+    called first). A state that was not "done" can be continued. Returns the state: "step", "steps", "model", "optimizer",
+    "curve" [{"step", "loss", "accuracy", "nll", "nll_se"}, with one value per seed], "seconds", "forward_tokens",
+    "n_params", "done", "diverged" (S,), the step at which a seed's loss or gradient stopped being finite (from there on
+    its gradient counts as zero) or 0, and what P-POTS and EMA remember.
     """
     model, pos = build(cfg, method, seeds, data, device)
     S, n, T = len(seeds), len(pos), data.test.shape[1]
@@ -318,8 +319,8 @@ def train(cfg, method, seeds, data, device="cpu", state=None, save=None, stop=No
         if i == 0 or step == first_step:
             idx, u, r = draw_block(method, seeds, block, block_steps, B, len(train_x), n, device)
         if "ppots" in method and step % refit_every == 0 and step // refit_every < cfg.ppots_refits:
-            table, theta, pilot, law = refit_ppots(cfg, method, seeds, model, train_x, pos, step, steps * B * M, theta)
-            state["pilot_tokens"] += pilot * T
+            table, theta, spent, law = refit_ppots(cfg, method, seeds, model, train_x, pos, step, steps * B * M, theta)
+            state["pilot_tokens"] += spent * T
             state["laws"] += law
 
         x0 = train_x[idx[i]].long()  # (S, B, T)
@@ -342,13 +343,10 @@ def train(cfg, method, seeds, data, device="cpu", state=None, save=None, stop=No
 
         step += 1
         if step % cfg.eval_every == 0 or step == steps:
-            scores = evaluate(model, data, n_nll=None if step == steps else 128)
+            scores = evaluate(model, data, n_nll=None if step == steps or cfg.until_nll else 128)  # all where it may be the last
             state["curve"].append({"step": step, "loss": (loss_sum / loss_steps).tolist(), **scores})
             loss_sum, loss_steps = torch.zeros_like(loss_sum), 0
             ended = snapshot(done=step == steps)
-            if state["done"] and step < steps:  # ended early: its last scores too are on the whole test set
-                state["curve"][-1] |= evaluate(model, data)
-                snapshot(done=True)
             if ended or state["done"]:
                 break
         if stop and stop() and step < steps:

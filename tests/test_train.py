@@ -330,7 +330,7 @@ def test_until_nll(tmp_path, capsys):
     assert train.main(flags) == 0 and train.main([*flags, "--resume"]) == 0
     lines = [json.loads(x) for x in (tmp_path / "results.jsonl").read_text("utf-8").splitlines()]
     nll = [sum(c["nll"] for c in point) / 2 for point in zip(*(x["curve"] for x in lines))]
-    assert len(nll) < 30 and nll[-1] <= 2.25 and 2.2 < min(nll[:-1])  # the last was measured again, on all problems
+    assert len(nll) < 30 and nll[-1] <= 2.2 < min(nll[:-1])
     assert "--until_nll" in refused(capsys, train.main, [*[f for f in flags if not f.startswith("--until")], "--resume"])
     state = torch.load(tmp_path / "arm" / "ckpt.pt", weights_only=True)["state"]
     cfg, data = train.Config(**{**TINY, "dataset": "add2"}), arith.make("add2")
