@@ -783,7 +783,8 @@ def print_report(out_dir):
     for results in report.groups(lines):
         print(report.heading(results) + "\n")
         print(report.table(results), report.statistics(results), sep="\n\n")
-        print("\n" + (report.verdict(results) or "") + "\n")
+        said = report.verdict(results), report.prediction(results, report.read_lines(os.path.join(out_dir, "variance.jsonl")))
+        print("".join(f"\n{line}\n" for line in said if line))
     print(report.figures(out_dir, lines))
     return 0
 

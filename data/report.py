@@ -60,6 +60,12 @@ def noise_floor(accuracy, n_problems=512):
     return np.sqrt((accuracy * (1 - accuracy)).mean(-1) / n_problems)
 
 
+def rank_correlation(x, y):
+    """Spearman's, without ties: 1 when y rises wherever x does, -1 when it falls."""
+    rank = lambda v: np.argsort(np.argsort(v))
+    return np.corrcoef(rank(x), rank(y))[0, 1]
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Results.
 
@@ -210,6 +216,19 @@ def verdict(results, ours="ppots_mirror", base="mdm"):
             rest.append(f"{name} {(x - y).mean():+.{places}f} [{low:+.{places}f},{high:+.{places}f}]")
         return line + ": against controls of the same compute the difference is " + ", ".join(rest) + " (95 % intervals)."
     return line + ": for controls of the same compute add mdm_batch2,mdm_steps2,multi2 to --method."
+
+
+def prediction(results, variance):
+    """A line: does the gradient's variance at a frozen model tell how training ends? Unbiased MDM methods of equally many
+    steps, the variance of a step (two passes count as they reduce it). None when fewer than four were measured."""
+    gradient = {row["method"]: row["gradient"]["total"] for row in variance if row["at"] == "end"}
+    names = [m for m in results if m in gradient and not set(m.split("_")) & {"arm", "isad", "syrm", "clipped", "steps2"}]
+    if len(names) < 4:
+        return None
+    key, sign = ("nll", 1) if is_text(results[names[0]]) else ("accuracy", -1)
+    outcome = [sign * column(results[m], key).mean() for m in names]
+    return (f"Rank correlation, over {len(names)} methods, of a step's gradient variance at the plain MDM's final weights with the mean "
+            f"{key} that training ends with: {sign * rank_correlation([gradient[m] for m in names], outcome):.2f}")  # fmt: skip
 
 
 def read_lines(path):

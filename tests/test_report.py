@@ -25,6 +25,19 @@ def test_sd_and_improvement():
     assert report.sd_ratio(np.array([0.0, 2]), np.array([0.0, 1])) == 2
 
 
+def test_rank_correlation():
+    x = np.array([3.0, 1, 2, 4])
+    assert report.rank_correlation(x, np.exp(x)) == pytest.approx(1) and report.rank_correlation(x, -x) == pytest.approx(-1)
+    assert report.rank_correlation([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(1 - 6 * 2 / (4 * 15))
+
+
+def test_prediction():
+    results = {m: [line(m, s, a) for s in range(3)] for m, a in zip(("mdm", "ppots", "mirror", "exactk", "arm"), (0.1, 0.2, 0.4, 0.3, 0.9))}
+    variance = [{"at": "end", "method": m, "gradient": {"total": v}} for m, v in zip(results, (9, 5, 3, 1, 0))]
+    assert "over 4 methods" in report.prediction(results, variance) and "ends with: -0.80" in report.prediction(results, variance)
+    assert report.prediction(results, variance[:3]) is None
+
+
 def test_noise_floor_is_binomial():
     rng = np.random.default_rng(0)
     accuracy = rng.binomial(512, 0.7, 20_000) / 512
