@@ -166,7 +166,7 @@ def statistics(results):
     show = lambda x, i, w=5: f"{x:{w}.3f} [{i[0]:.3f},{i[1]:.3f}]"
     head = ["mean", "IQM", "SD", "min", "max", "minus mdm", "P(better)", "SD / mdm's", "SD / arm's"]
     head += [] if text else ["to 90 %", "nll", "SD of nll"]
-    width = [20] * 3 + [8] * 2 + [22] * 4 + [9, 7, 11]
+    width = [20] * 3 + [8] * 2 + [24] + [22] * 3 + [9, 7, 11]
     lines = [f"{'method':22}" + "".join(f"{h:>{w}}" for h, w in zip(head, width))]
     for name, rows in results.items():
         a = column(rows, key)
@@ -186,7 +186,7 @@ def statistics(results):
             cells += [f"{np.median(reached):.0f}", f"{nll.mean():.3f}", f"{sd(nll):.3f}"]
         lines.append(f"{name:22}" + "".join(f"{c:>{w}}" for c, w in zip(cells, width)))
     lines.append(f"of the {'nll in nats per token' if text else 'accuracy'}; [95 % bootstrap interval over seeds]; minus mdm: by seed; P(better): "
-                 "that a random seed beats a random one of mdm; to 90 %: median steps, inf unless more than half get there")  # fmt: skip
+                 "that a random seed beats a random one of mdm" + ("" if text else "; to 90 %: median steps, inf unless more than half get there"))  # fmt: skip
     if not text:
         floors = ", ".join(f"{name} {noise_floor(column(rows, key)):.3f}" for name, rows in results.items())
         lines.append(f"SD that testing on 512 problems only adds to these: {floors}")
