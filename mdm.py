@@ -240,9 +240,9 @@ def curves(counts, H, t, n, eps=1e-3):
     """g^2 and v of equation (4), averaged over x0, at the rates t (Q,): two tensors (S, Q), float64.
 
     From the pilot's counts (n_counts,) and H (S, X, n_counts, repeats >= 2). Both are unbiased when every count was
-    measured (n <= 16); beyond, E[H/k] and E[(H/k)^2] are interpolated between counts. It is the mean over x0 of g^2 that belongs in (4),
-    not the square of the mean (with the latter the data's own spread is lost: a slip in the authors' release). P-POTS
-    needs only the sum of the two; g^2 alone is what is bought with repeats, to be looked at.
+    measured (n <= 16); beyond, E[H/k] and E[(H/k)^2] are interpolated between counts. It is the mean over x0 of g^2 that
+    belongs in (4), not the square of the mean (with the latter the data's own spread is lost: a slip in the authors'
+    release). P-POTS needs only the sum of the two; g^2 alone is what is bought with repeats, to be looked at.
     """
     p_mask, per_token = rate_to_p_mask(t, eps), H.double() / counts[:, None]
     k = torch.arange(1, n + 1, device=t.device)
@@ -422,15 +422,20 @@ def clipped(u, beta=0.3, omega=0.8):
     return beta + (omega - beta) * u
 
 
+RECLIPPED_MAX_N = 16  # response tokens
+
+
 @functools.lru_cache
 def clipped_weights(n, beta=0.3, omega=0.8, device=None, dtype=torch.float64):
-    """OURS: what to put in place of 1/t so that clipped rates are unbiased (`reclipped`): (n+1,), by |m| = 0..n. Only for
-    short responses: masks that are frequent under (2), such as a single token, hardly occur here when n is large, and
-    their weights grow exponentially (beyond n of about 10 the variance exceeds the plain one's).
+    """OURS: what to put in place of 1/t so that clipped rates are unbiased (`reclipped`): (n+1,), by |m| = 0..n.
+    Raises ValueError for n > RECLIPPED_MAX_N: masks that are frequent under (2), such as a single token, hardly occur here
+    when n is large, and their weights grow exponentially (beyond n of about 10 the variance exceeds the plain one's).
 
     Every mask can occur at some t in [beta, omega], so weigh it by how often it occurs under (2) and how often here:
     int_0^1 t^(k-1) (1-t)^(n-k) dt over the mean over [beta, omega] of t^k (1-t)^(n-k), k = |m|.
     """
+    if n > RECLIPPED_MAX_N:
+        raise ValueError(f"reclipped is for responses of up to {RECLIPPED_MAX_N} tokens, not {n}: its variance grows exponentially")
     x, w = gauss_legendre(n // 2 + 1)  # exact for polynomials of degree n
     t, k = beta + (omega - beta) * x, torch.arange(n + 1)
     here = (t ** k[:, None] * (1 - t) ** (n - k[:, None])) @ w
@@ -555,7 +560,7 @@ def draw_masks(method, u, r, table=None, eps=1e-3, is_rare=None):
     """Masks and weights of any method, ready for mdm_loss: mask (M, S, B, n) bool, weight (M, S, B, n).
 
     u (S, B) in (0,1], from draw_rates; r (1, S, B, n) uniform in [0,1), or (2, S, B, n) for multi2 (MIRROR makes two of
-    each); table as in rate(); is_rare (S, B, n) bool for isad. reclipped raises ValueError for n > 16, see clipped_weights.
+    each); table as in rate(); is_rare (S, B, n) bool for isad. Raises ValueError for reclipped with a long response.
     """
     n = r.shape[-1]
     p_mask, importance = (z[..., None] for z in rate(method, u, n, table, eps))
@@ -566,8 +571,6 @@ def draw_masks(method, u, r, table=None, eps=1e-3, is_rare=None):
     mask = mirror_masks(r, p_mask) if "mirror" in method else bernoulli_masks(r, p_mask)
     mask = mask.flatten(0, 1)
     if "reclipped" in method:
-        if n > 16:
-            raise ValueError(f"reclipped is for responses of up to 16 tokens, not {n}: its variance grows exponentially")
         weight = clipped_weights(n, device=u.device, dtype=u.dtype)[mask.sum(-1, keepdim=True)]
     else:
         weight = importance / p_mask
@@ -793,8 +796,9 @@ def monte_carlo_variance(model, x0, pos, method, generator, table=None, eps=1e-3
     For each x0 (X, T) n_rates rates, for each rate n_repeats masks (M each), drawn by draw_masks. With W the variance
     within a rate, R that of the rates' means, D that of the sequences' means: A = W, B = R - W/n_repeats,
     C = D - R/n_rates, each unbiased. (But lowdisc, and strata beyond 16, are taken for 16 strata; and for ema only the
-    loss's B is meant, see n_rate_groups.) is_rare (X, n) bool for isad. Returns (loss, gradient), each {"A", "B", "C", "total", "mean": (estimate, standard error)}, the error from a bootstrap over x0.
-    Memory: X gradients for each of the strata.
+    loss's B is meant, see n_rate_groups.) is_rare (X, n) bool for isad. Returns (loss, gradient), each {"A", "B", "C",
+    "total", "mean": (estimate, standard error)}, the error from a bootstrap over x0. Memory: X gradients for each of the
+    strata.
     """
     X, n, arm = len(x0), len(pos), model.config.causal
     strata = min(n_rate_groups(method, batch_size), 16)
@@ -878,18 +882,16 @@ def nll_masks(n, X, generator, strata=8, all_up_to=6):
     """The masks of the validation bound, the same for every method, by exact counts: mask (X, R, n), weight (X, R, n);
     the sum over R of mdm_loss estimates the bound of each of X sequences.
 
-    n <= all_up_to: all masks, so that it is exact. Else R = strata: one count k from each part of (0, n], and one random
-    mask of k tokens for each. That is exact_count, stratified: unbiased, and of little variance over sequences.
+    n <= all_up_to: all masks but the empty one, so that it is exact. Else R = strata: draw_masks with exactk, one count from
+    each stratum for every sequence.
     """
     if n <= all_up_to:
         mask = all_masks(n)[1:].expand(X, -1, -1)
-        k = mask.sum(-1)
-        share = (1 / (n * log_choose(n, k).exp())).float()
-    else:
-        k = ((torch.arange(strata) + 1 - torch.rand(X, strata, generator=generator)) / strata * n).ceil().long()
-        mask = ranks(torch.rand(X, strata, n, generator=generator)) < k[..., None]
-        share = torch.full((X, strata), 1 / strata)
-    return mask, (share * n / k)[..., None].expand(mask.shape)
+        k = mask.sum(-1, keepdim=True)
+        return mask, (1 / (k * log_choose(n, k).exp())).float().expand(mask.shape)
+    u = (torch.arange(strata) + 1 - torch.rand(X, strata, generator=generator)) / strata
+    mask, weight = draw_masks(frozenset({"exactk"}), u, torch.rand(1, X, strata, n, generator=generator))
+    return mask[0], weight[0] / strata
 
 
 def demo():

@@ -11,7 +11,7 @@
     torchrun --nproc_per_node=2 train.py --n_seeds=32      share the seeds over processes, GPUs or machines
 
 All seeds of a method train at once, along the leading axis of every parameter. Each seed has private random streams,
-so its result depends neither on the other seeds nor on the other methods. Results go to OUT_DIR/results.jsonl, one
+so what it draws depends neither on the other seeds nor on the other methods. Results go to OUT_DIR/results.jsonl, one
 line per method and seed, and OUT_DIR/METHOD/ckpt.pt. How the methods work is in mdm.py.
 """
 import argparse
@@ -100,13 +100,13 @@ def parse_args(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, epilog=methods_help()
     )
     for f in dataclasses.fields(Config):
-        text = f.metadata["help"].replace("%", "%%")
+        why = f.metadata["help"].replace("%", "%%")
         if f.type in (bool, "bool"):
-            parser.add_argument(f"--{f.name}", action="store_true", help=text)
+            parser.add_argument(f"--{f.name}", action="store_true", help=why)
         else:
-            text += f" [{f.default}]" if f.default not in ("", 0) else ""
+            why += f" [{f.default}]" if f.default not in ("", 0) else ""
             shown = {int: "N", float: "X", str: "..."}[type(f.default)]
-            parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default, metavar=shown, help=text)
+            parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default, metavar=shown, help=why)
     parser.error = lambda message: sys.exit(fail(message))
     cfg = Config(**vars(parser.parse_args(argv)))
     try:
@@ -129,9 +129,9 @@ def methods_help():
     return "\n".join(lines)
 
 
-def parse_methods(text):
+def parse_methods(names):
     """"mdm,pposts_mirror" -> [frozenset(), frozenset({"ppots", "mirror"})], each once."""
-    names = [name for name in text.split(",") if name.strip()]
+    names = [name for name in names.split(",") if name.strip()]
     if not names:
         raise ValueError("--method names no method; for instance --method=mdm,ppots_mirror")
     return list(dict.fromkeys(parse_method(name) for name in names))
@@ -501,6 +501,10 @@ def lock(out_dir):
     return f
 
 
+def write_lines(path, lines):
+    write_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode("utf-8"))
+
+
 def checkpoint_path(out_dir, method):
     return os.path.join(out_dir, method_name(method), "ckpt.pt")
 
@@ -593,15 +597,13 @@ def write_laws(path, method, seeds, state):
     short = lambda p: [float(f"{x:.4g}") for x in p]
     new = [{"method": method_name(method), "seed": seeds[0], "step": law["step"], "fitted": short(law["fitted"][0].tolist()),
             "measured": short(law["measured"][0].tolist())} for law in state["laws"]]  # fmt: skip
-    lines = [line for line in report.read_lines(path) if line["method"] != method_name(method)] + new
-    write_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode("utf-8"))
+    write_lines(path, [line for line in report.read_lines(path) if line["method"] != method_name(method)] + new)
 
 
 def write_results(path, new):
     """Add lines to results.jsonl, in place of older ones of the same run."""
     key = lambda line: json.dumps({k: v for k, v in line.items() if k not in report.OUTCOME | {"eval_every"}}, sort_keys=True)
-    lines = {key(line): line for line in report.read_lines(path) + new}
-    write_file(path, "".join(json.dumps(line) + "\n" for line in lines.values()).encode("utf-8"))
+    write_lines(path, {key(line): line for line in report.read_lines(path) + new}.values())
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -690,9 +692,11 @@ def run(cfg, methods, seeds):
         rare_tokens(cfg, data)  # a wrong --isad_tokens should fail now, not after an hour
     if "syrm" in set().union(*methods) and not data.structural:
         raise UserError(f"syrm masks the structural symbols of a prompt, and the prompts of {cfg.dataset} have none")
-    n = data.test.shape[1] - data.prompt_len
-    if "reclipped" in set().union(*methods) and n > 16:
-        raise UserError(f"reclipped is for responses of up to 16 tokens, not {n}: beyond, its variance grows exponentially")
+    if "reclipped" in set().union(*methods):
+        try:
+            mdm.clipped_weights(data.test.shape[1] - data.prompt_len)
+        except ValueError as e:
+            raise UserError(e) from None
     if cfg.variance and frozenset() not in methods:
         raise UserError("--variance measures at the plain MDM's weights: add mdm to --method")
     if cfg.variance and cfg.eps == 0:
@@ -800,7 +804,7 @@ def measure_variance(cfg, methods, seed, data, device, n_problems=64):
     its own), on held-out problems. Prints a table for each and writes OUT_DIR/variance.jsonl."""
     arm = [frozenset({"arm"})] if frozenset({"arm"}) in methods else []
     methods = arm + [m for m in dict.fromkeys([*map(parse_method, VARIANCE_METHODS), *methods]) if "arm" not in m]
-    methods = [m for m in methods if "reclipped" not in m or data.test.shape[1] - data.prompt_len <= 16]
+    methods = [m for m in methods if "reclipped" not in m or data.test.shape[1] - data.prompt_len <= mdm.RECLIPPED_MAX_N]
     x0, lines = data.test[:n_problems].to(device), []
     began = reported = time.perf_counter()
     for trained in (False, True):
@@ -823,7 +827,7 @@ def measure_variance(cfg, methods, seed, data, device, n_problems=64):
         print(mdm.variance_table(rows), flush=True)
         lines += [{"at": "end" if trained else "initialisation", "seed": seed, "dataset": cfg.dataset, **row} for row in rows]
     path = os.path.join(cfg.out_dir, "variance.jsonl")
-    write_file(path, "".join(json.dumps(line) + "\n" for line in lines).encode("utf-8"))
+    write_lines(path, lines)
     print(f"Biased methods (isad, syrm, clipped) estimate something else: compare them with care. Written to {path}")
 
 

@@ -221,7 +221,8 @@ def verdict(results, ours="ppots_mirror", base="mdm"):
 def prediction(results, variance):
     """A line: does the gradient's variance at a frozen model tell how training ends? Unbiased MDM methods of equally many
     steps, the variance of a step (two passes count as they reduce it). None when fewer than four were measured."""
-    gradient = {row["method"]: row["gradient"]["total"] for row in variance if row["at"] == "end"}
+    dataset = next(iter(results.values()))[0]["dataset"]
+    gradient = {row["method"]: row["gradient"]["total"] for row in variance if row["at"] == "end" and row["dataset"] == dataset}
     names = [m for m in results if m in gradient and not set(m.split("_")) & {"arm", "isad", "syrm", "clipped", "steps2"}]
     if len(names) < 4:
         return None
@@ -247,7 +248,7 @@ def read_lines(path):
 # ---------------------------------------------------------------------------------------------------------------
 # Figures, with matplotlib if it is there. Colours are Okabe and Ito's, which colour-blind readers can tell apart.
 
-BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#999999"
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
 
 
 def figures(out_dir, lines):

@@ -33,7 +33,7 @@ def test_rank_correlation():
 
 def test_prediction():
     results = {m: [line(m, s, a) for s in range(3)] for m, a in zip(("mdm", "ppots", "mirror", "exactk", "arm"), (0.1, 0.2, 0.4, 0.3, 0.9))}
-    variance = [{"at": "end", "method": m, "gradient": {"total": v}} for m, v in zip(results, (9, 5, 3, 1, 0))]
+    variance = [{"at": "end", "dataset": "add3", "method": m, "gradient": {"total": v}} for m, v in zip(results, (9, 5, 3, 1, 0))]
     assert "over 4 methods" in report.prediction(results, variance) and "ends with: -0.80" in report.prediction(results, variance)
     assert report.prediction(results, variance[:3]) is None
 
@@ -127,7 +127,7 @@ def test_figures(tmp_path, capsys):
     pytest.importorskip("matplotlib", reason="figures are an optional extra")
     (tmp_path / "results.jsonl").write_text("".join(json.dumps(x) + "\n" for x in LINES) + '{"torn', encoding="utf-8")
     parts = {"A": 1.0, "B": 0.5, "C": 0.2, "total": 1.7, "mean": 1.0}
-    rows = [{"at": at, "method": m, "passes": 1, "loss": parts, "gradient": parts} for at in ("initialisation", "end") for m in ("mdm", "ppots")]
+    rows = [{"at": at, "dataset": "add3", "method": m, "passes": 1, "loss": parts, "gradient": parts} for at in ("initialisation", "end") for m in ("mdm", "ppots")]
     (tmp_path / "variance.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows), encoding="utf-8")
     laws = [{"method": "ppots", "seed": 42, "step": s, "fitted": [1 / 128] * 128, "measured": [1 / 128] * 128} for s in (0, 5)]
     (tmp_path / "ppots.jsonl").write_text("".join(json.dumps(x) + "\n" for x in laws), encoding="utf-8")
