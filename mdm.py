@@ -422,20 +422,17 @@ def clipped(u, beta=0.3, omega=0.8):
     return beta + (omega - beta) * u
 
 
-RECLIPPED_MAX_N = 16  # response tokens
-
-
 @functools.lru_cache
 def clipped_weights(n, beta=0.3, omega=0.8, device=None, dtype=torch.float64):
     """OURS: what to put in place of 1/t so that clipped rates are unbiased (`reclipped`): (n+1,), by |m| = 0..n.
-    Raises ValueError for n > RECLIPPED_MAX_N: masks that are frequent under (2), such as a single token, hardly occur here
+    Raises ValueError for n > 16: masks that are frequent under (2), such as a single token, hardly occur here
     when n is large, and their weights grow exponentially (beyond n of about 10 the variance exceeds the plain one's).
 
     Every mask can occur at some t in [beta, omega], so weigh it by how often it occurs under (2) and how often here:
     int_0^1 t^(k-1) (1-t)^(n-k) dt over the mean over [beta, omega] of t^k (1-t)^(n-k), k = |m|.
     """
-    if n > RECLIPPED_MAX_N:
-        raise ValueError(f"reclipped is for responses of up to {RECLIPPED_MAX_N} tokens, not {n}: its variance grows exponentially")
+    if n > 16:
+        raise ValueError(f"reclipped is for responses of up to 16 tokens, not {n}: its variance grows exponentially")
     x, w = gauss_legendre(n // 2 + 1)  # exact for polynomials of degree n
     t, k = beta + (omega - beta) * x, torch.arange(n + 1)
     here = (t ** k[:, None] * (1 - t) ** (n - k[:, None])) @ w

@@ -803,8 +803,10 @@ def measure_variance(cfg, methods, seed, data, device, n_problems=64):
     """A, B and C of every method at one frozen model, at initialisation and at the plain MDM's final weights (an ARM at
     its own), on held-out problems. Prints a table for each and writes OUT_DIR/variance.jsonl."""
     arm = [frozenset({"arm"})] if frozenset({"arm"}) in methods else []
-    methods = arm + [m for m in dict.fromkeys([*map(parse_method, VARIANCE_METHODS), *methods]) if "arm" not in m]
-    methods = [m for m in methods if "reclipped" not in m or data.test.shape[1] - data.prompt_len <= mdm.RECLIPPED_MAX_N]
+    usual = [parse_method(name) for name in VARIANCE_METHODS]
+    if data.test.shape[1] - data.prompt_len > EXACT_MAX_N:  # where reclipped's variance dwarfs all others
+        usual.remove(frozenset({"reclipped"}))
+    methods = arm + [m for m in dict.fromkeys(usual + methods) if "arm" not in m]
     x0, lines = data.test[:n_problems].to(device), []
     began = reported = time.perf_counter()
     for trained in (False, True):
