@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mdm
 import sample
@@ -72,6 +73,26 @@ def test_stopped_and_continued_is_uninterrupted(method, at, data, tmp_path):
     resumed, whole = train.train(cfg, mdm.parse_method(method), [42, 7], data, state=state), go(data, method)
     assert same(resumed, whole)
     assert resumed["curve"] == whole["curve"] and resumed["forward_tokens"] == whole["forward_tokens"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_waits_for_the_device_between_evaluations(method, data, monkeypatch):
+    """Fake tensors have shapes but no values. Whoever reads one, for which a GPU would have to be waited for, or makes a
+    shape of one, is told off by torch; only the evaluation may."""
+
+    class Evaluated(Exception):
+        pass
+
+    def evaluate(*_, **__):
+        raise Evaluated
+
+    rare = torch.tensor(data.rare)
+    monkeypatch.setattr(train, "rare_tokens", lambda *_: rare)
+    monkeypatch.setattr(arith.Arithmetic, "structural", [0])
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(mdm.GPT, "to", lambda model, device: model)  # a fake model cannot be moved
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(Evaluated):
+        go(data, method, ppots_fit="grid")
 
 
 def test_streams_are_private():
