@@ -82,12 +82,13 @@ class Config:
     resume: bool = opt(False, "go on from the checkpoints in --out_dir, to the same numbers as if never stopped")
     variance: bool = opt(False, "after training, measure A, B and C of every method at one frozen model")
     report: bool = opt(False, "train nothing: table, confidence intervals and figures (with matplotlib) of --out_dir's results")
+    baseline: str = opt("mdm", "the method that --report compares all others with; mdm_batch2, for instance, for those of two passes")
     device: str = opt("auto", "cpu, cuda, cuda:1, mps; auto takes the best there is")
 
 
 BETAS = (0.9, 0.98)  # AdamW; 0.98 as usual for small batches of heavy-tailed gradients
 WARMUP = 100  # steps
-NOT_TRAINING = {"method", "seeds", "n_seeds", "out_dir", "resume", "variance", "report", "device"}  # no settings of a training
+NOT_TRAINING = {"method", "seeds", "n_seeds", "out_dir", "resume", "variance", "report", "baseline", "device"}  # no settings of a training
 
 
 class UserError(Exception):
@@ -110,6 +111,7 @@ def parse_args(argv=None):
     parser.error = lambda message: sys.exit(fail(message))
     cfg = Config(**vars(parser.parse_args(argv)))
     try:
+        cfg.baseline = method_name(parse_method(cfg.baseline))
         return cfg, parse_methods(cfg.method), parse_seeds(cfg)
     except (ValueError, UserError) as e:
         sys.exit(fail(e))
@@ -685,7 +687,7 @@ def run(cfg, methods, seeds):
     """The comparison: train every method, write everything down, print the table. Returns the exit code."""
     check(cfg)
     if cfg.report:
-        return print_report(cfg.out_dir) if RANK == 0 else 0
+        return print_report(cfg.out_dir, cfg.baseline) if RANK == 0 else 0
     device, data = pick_device(cfg.device), load_data(cfg)
     check_memory(cfg, methods, len(seeds), data, device)
     if "isad" in set().union(*methods):
@@ -779,14 +781,17 @@ def compare(cfg, methods, seeds, data, device, states):
     return 0
 
 
-def print_report(out_dir):
+def print_report(out_dir, baseline):
     """--report: tables and figures of the results in out_dir."""
     lines = report.read_lines(os.path.join(out_dir, "results.jsonl"))
     if not lines:
         raise UserError(f"there are no results in {os.path.join(out_dir, 'results.jsonl')}; train something first, or check --out_dir")
+    if baseline not in {"mdm", *(line["method"] for line in lines)}:
+        raise UserError(f"--baseline={baseline} is not among the results; there are {', '.join(dict.fromkeys(line['method'] for line in lines))}")
     for results in report.groups(lines):
+        keys = ["nll"] if report.is_text(next(iter(results.values()))) else ["accuracy", "nll"]
         print(report.heading(results) + "\n")
-        print(report.table(results), report.statistics(results), sep="\n\n")
+        print(report.table(results), *(report.statistics(results, key, baseline) for key in keys), sep="\n\n")
         said = report.verdict(results), report.prediction(results, report.read_lines(os.path.join(out_dir, "variance.jsonl")))
         print("".join(f"\n{line}\n" for line in said if line))
     print(report.figures(out_dir, lines))

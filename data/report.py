@@ -56,13 +56,14 @@ def interval(statistic, *samples, n_resamples=10_000, level=0.95):
 
 
 def noise_floor(accuracy, n_problems=512):
-    """The SD that testing on n_problems only, and not on all there are, adds to the seeds' own: binomial."""
+    """The SD that testing on n_problems only, and not on all there are, adds at most to the seeds' own: binomial. (At most,
+    since all seeds meet the same problems, and what makes some of them hard for all does not tell seeds apart.)"""
     return np.sqrt((accuracy * (1 - accuracy)).mean(-1) / n_problems)
 
 
 def rank_correlation(x, y):
-    """Spearman's, without ties: 1 when y rises wherever x does, -1 when it falls."""
-    rank = lambda v: np.argsort(np.argsort(v))
+    """Spearman's: 1 when y rises wherever x does, -1 when it falls; equal values share their ranks."""
+    rank = lambda v: (np.subtract.outer(v, v) > 0).sum(1) + 0.5 * (np.subtract.outer(v, v) == 0).sum(1)
     return np.corrcoef(rank(x), rank(y))[0, 1]
 
 
@@ -159,37 +160,36 @@ def table(results, seeds=None):
     return "\n".join(lines)
 
 
-def statistics(results):
-    """The second table: intervals, spreads and comparisons, each method against the plain MDM on the same seeds."""
-    text = is_text(next(iter(results.values())))
-    key = "nll" if text else "accuracy"
+def statistics(results, key, baseline="mdm"):
+    """Of "accuracy" or "nll": intervals, spreads and comparisons, each method against `baseline` on the same seeds."""
     show = lambda x, i, w=5: f"{x:{w}.3f} [{i[0]:.3f},{i[1]:.3f}]"
-    head = ["mean", "IQM", "SD", "min", "max", "minus mdm", "P(better)", "SD / mdm's", "SD / arm's"]
-    head += [] if text else ["to 90 %", "nll", "SD of nll"]
-    width = [20] * 3 + [8] * 2 + [24] + [22] * 3 + [9, 7, 11]
-    lines = [f"{'method':22}" + "".join(f"{h:>{w}}" for h, w in zip(head, width))]
+    ratio = lambda x: f"{x:.2f}" if x < 10 else f"{x:.0f}"
+    better = improvement if key == "accuracy" else lambda p, q: improvement(q, p)
+    bases = list(dict.fromkeys([baseline, "arm"]))
+    width = [20] * 3 + [8] * 2 + [24, 22] + [22] * len(bases)
+    head = ["mean", "IQM", "SD", "min", "max", "minus base", "P(better)", *(f"SD / {base}'s" for base in bases)]
+    if key == "accuracy":
+        head, width = head + ["to 90 %"], width + [9]
+    lines = [f"{key}; base: {baseline}", f"{'method':22}" + "".join(f"{h:>{w}}" for h, w in zip(head, width))]
     for name, rows in results.items():
         a = column(rows, key)
         cells = [show(f(a), interval(f, a)) for f in (lambda x: x.mean(-1), iqm, sd)] + [f"{a.min():.3f}", f"{a.max():.3f}"]
-        for base in ("mdm", "arm"):
+        for base in bases:
             if name == base or not comparable(results, name, base):
-                cells += ["-"] * (3 if base == "mdm" else 1)
+                cells += ["-"] * (3 if base == baseline else 1)
                 continue
             x, y = (column(r, key) for r in same_seeds(rows, results[base]))
-            if base == "mdm":
-                better = (lambda p, q: improvement(q, p)) if text else improvement
+            if base == baseline:
                 cells += [show(f(x, y), interval(f, x, y), 6) for f in (lambda p, q: (p - q).mean(-1), better)]
-            ratio = lambda v: f"{v:.2f}" if v < 10 else f"{v:.0f}"
             cells += ["{} [{},{}]".format(*map(ratio, (sd_ratio(x, y), *interval(sd_ratio, x, y))))]
-        if not text:
-            reached, nll = np.array([steps_to(r) for r in rows]), column(rows, "nll")
-            cells += [f"{np.median(reached):.0f}", f"{nll.mean():.3f}", f"{sd(nll):.3f}"]
+        if key == "accuracy":
+            cells += [f"{np.median([steps_to(r) for r in rows]):.0f}"]
         lines.append(f"{name:22}" + "".join(f"{c:>{w}}" for c, w in zip(cells, width)))
-    lines.append(f"of the {'nll in nats per token' if text else 'accuracy'}; [95 % bootstrap interval over seeds]; minus mdm: by seed; P(better): "
-                 "that a random seed beats a random one of mdm" + ("" if text else "; to 90 %: median steps, inf unless more than half get there"))  # fmt: skip
-    if not text:
+    lines.append("[95 % bootstrap interval over seeds]; minus base: by seed; P(better): that a random seed beats a random one of the base"
+                 + ("; to 90 %: median steps, inf unless more than half get there" if key == "accuracy" else ""))  # fmt: skip
+    if key == "accuracy":
         floors = ", ".join(f"{name} {noise_floor(column(rows, key)):.3f}" for name, rows in results.items())
-        lines.append(f"SD that testing on 512 problems only adds to these: {floors}")
+        lines.append(f"SD that testing on 512 problems only adds to these, at most: {floors}")
     return "\n".join(lines)
 
 
@@ -220,16 +220,21 @@ def verdict(results, ours="ppots_mirror", base="mdm"):
 
 def prediction(results, variance):
     """A line: does the gradient's variance at a frozen model tell how training ends? Unbiased MDM methods of equally many
-    steps, the variance of a step (two passes count as they reduce it). None when fewer than four were measured."""
+    steps, the variance of a step (two passes count as they reduce it); beside it the number of passes, which tells something
+    as well. None when fewer than four were measured."""
     dataset = next(iter(results.values()))[0]["dataset"]
-    gradient = {row["method"]: row["gradient"]["total"] for row in variance if row["at"] == "end" and row["dataset"] == dataset}
-    names = [m for m in results if m in gradient and not set(m.split("_")) & {"arm", "isad", "syrm", "clipped", "steps2"}]
+    at = lambda when: {row["method"]: row["gradient"]["total"] for row in variance if row["at"] == when and row["dataset"] == dataset}
+    start, end = at("initialisation"), at("end")
+    names = [m for m in results if m in start and m in end and not set(m.split("_")) & {"arm", "isad", "syrm", "clipped", "steps2"}]
     if len(names) < 4:
         return None
-    key, sign = ("nll", 1) if is_text(results[names[0]]) else ("accuracy", -1)
-    outcome = [sign * column(results[m], key).mean() for m in names]
-    return (f"Rank correlation, over {len(names)} methods, of a step's gradient variance at the plain MDM's final weights with the mean "
-            f"{key} that training ends with: {sign * rank_correlation([gradient[m] for m in names], outcome):.2f}")  # fmt: skip
+    key = "nll" if is_text(results[names[0]]) else "accuracy"
+    outcome = [column(results[m], key).mean() for m in names]
+    correlation = lambda of: f"{rank_correlation([of(m) for m in names], outcome):.2f}"
+    passes = lambda m: results[m][0]["passes"]
+    alone = f"; of the passes alone: {correlation(passes)}" if len(set(map(passes, names))) > 1 else ""
+    return (f"Rank correlation, over {len(names)} methods with equally many steps, of a step's gradient variance with the mean {key} that "
+            f"training ends with: {correlation(start.get)} at initialisation, {correlation(end.get)} at the plain MDM's final weights{alone}")  # fmt: skip
 
 
 def read_lines(path):

@@ -29,13 +29,16 @@ def test_rank_correlation():
     x = np.array([3.0, 1, 2, 4])
     assert report.rank_correlation(x, np.exp(x)) == pytest.approx(1) and report.rank_correlation(x, -x) == pytest.approx(-1)
     assert report.rank_correlation([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(1 - 6 * 2 / (4 * 15))
+    assert report.rank_correlation([1, 1, 2], [5, 7, 9]) == pytest.approx(1.5 / (1.5 * 2) ** 0.5)  # ranks 0.5, 0.5, 2: ties share
 
 
 def test_prediction():
     results = {m: [line(m, s, a) for s in range(3)] for m, a in zip(("mdm", "ppots", "mirror", "exactk", "arm"), (0.1, 0.2, 0.4, 0.3, 0.9))}
-    variance = [{"at": "end", "dataset": "add3", "method": m, "gradient": {"total": v}} for m, v in zip(results, (9, 5, 3, 1, 0))]
-    assert "over 4 methods" in report.prediction(results, variance) and "ends with: -0.80" in report.prediction(results, variance)
-    assert report.prediction(results, variance[:3]) is None
+    variance = [{"at": at, "dataset": "add3", "method": m, "gradient": {"total": v}} for at, totals in
+                (("initialisation", (9, 8, 1, 2, 0)), ("end", (9, 5, 3, 1, 0))) for m, v in zip(results, totals)]  # fmt: skip
+    said = report.prediction(results, variance)
+    assert "over 4 methods" in said and "-1.00 at initialisation, -0.80 at the plain MDM's final weights" in said
+    assert report.prediction(results, [row for row in variance if row["method"] != "ppots"]) is None
 
 
 def test_noise_floor_is_binomial():
@@ -93,7 +96,7 @@ def test_groups_tell_a_methods_own_settings_apart():
     group, = report.groups([line("ppots", s, 0.5, ppots_fit=fit) for fit in ("epr", "grid") for s in (1, 2)] + [line("mdm", 7, 0.1)])
     assert list(group) == ["ppots", "ppots (2)", "mdm"] and len(group["ppots"]) == len(group["ppots (2)"]) == 2
     assert "grid" in report.heading(group) and report.verdict({"ppots_mirror": group["ppots"], "mdm": group["mdm"]}) is None  # no common seed
-    assert "nan" not in report.statistics(group).split("\n")[1]
+    assert "nan" not in report.statistics(group, "accuracy").split("\n")[2]
 
 
 def test_a_lost_seed_counts_as_the_worst():
@@ -110,17 +113,19 @@ def test_steps_to():
 
 def test_tables():
     results = report.groups(LINES)[0]
-    table, statistics, verdict = report.table(results), report.statistics(results), report.verdict(results)
+    table, statistics, verdict = report.table(results), report.statistics(results, "accuracy"), report.verdict(results)
     assert " 2/4" in table and "2 (step 17)" in table
     row = next(r for r in statistics.splitlines() if r.startswith("mdm "))
     assert "0.500 [0.050,0.950]" in row  # the mean; of four draws it is 0 or .025 in 5 of 256, .05 in 6 more
+    row = next(r for r in report.statistics(results, "accuracy", "mdm_batch2").splitlines() if r.startswith("ppots_mirror "))
+    assert "0.500 [0.500,0.500]" in row and "1.000 [1.000,1.000]" in row  # minus the base, always; better than it, always
     assert "+50.0 points" in verdict and "mdm_batch2 +50.0" in verdict and "does not beat" in verdict
     assert report.verdict({"arm": results["arm"]}) is None
     text = [{**line(m, s, 0.0, nll), "dataset": "a.txt", "bits_per_char": nll / math.log(2), "nll_se": 0.01}
             for m, nll in (("mdm", 2.0), ("ppots_mirror", 1.5)) for s in range(3)]  # fmt: skip
     results = report.groups(text)[0]
     assert "2.8854" in report.table(results) and "beats" in report.verdict(results) and "-0.500 nats" in report.verdict(results)
-    assert "1.000 [1.000,1.000]" in report.statistics(results)  # less nll is better
+    assert "1.000 [1.000,1.000]" in report.statistics(results, "nll")  # less nll is better
 
 
 def test_figures(tmp_path, capsys):
@@ -133,6 +138,9 @@ def test_figures(tmp_path, capsys):
     (tmp_path / "ppots.jsonl").write_text("".join(json.dumps(x) + "\n" for x in laws), encoding="utf-8")
     assert train.main(["--report", f"--out_dir={tmp_path}"]) == 0
     assert "learning rate 0.1" in capsys.readouterr().out
+    assert train.main(["--report", f"--out_dir={tmp_path}", "--baseline=pposts_mirror"]) == 0
+    assert "base: ppots_mirror" in capsys.readouterr().out
+    assert train.main(["--report", f"--out_dir={tmp_path}", "--baseline=multi2"]) == 2 and "arm, mdm, mdm_batch2" in capsys.readouterr().err
     for name in ("curves", "curves_2", "seeds", "seeds_2", "variance", "ppots"):
         assert (tmp_path / f"{name}.png").stat().st_size > 5000
 
