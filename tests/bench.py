@@ -3,6 +3,7 @@
     python tests/bench.py                            seeds, methods, parts of a step
     python tests/bench.py --nanogpt=../nanoGPT       beside nanoGPT's own model and loop, from a clone of yours
     python tests/bench.py --tiny_diffusion=...       beside nathan-barry/tiny-diffusion's, likewise
+    python tests/bench.py --compile                  torch.compile, CUDA graphs, TF32 and bf16: which pay, and after how many steps
     python tests/bench.py --scaling                  time and memory against seeds, n_embd, batch size, n and T
 
 Every figure is a median over --repeats rounds in which all the things compared take turns, after a warm-up.
@@ -11,8 +12,10 @@ import argparse
 import concurrent.futures
 import importlib
 import multiprocessing
+import os
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -169,6 +172,45 @@ def parts_of_a_step(cfg, data, device, S, repeats):
     print(f"  P-POTS' curve estimation over the step without it: {1 + ms['curve estimation'] / base:.4f}")
 
 
+def ways(cfg, data, device, S, repeats):
+    """Forward and backward of a plain MDM step as train.py does it, and in ways that it might; a compilation has to earn its own time."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()  # nothing compiled before, as for a new user
+    torch.compiler.reset()
+    model, pos = train.build(cfg, frozenset(), list(range(S)), data, device)
+    x0 = data.train_blocks(device)[torch.randint(1000, (S, cfg.batch_size), device=device)].long()
+    r, u = torch.rand(1, S, cfg.batch_size, len(pos), device=device), 1 - torch.rand(S, cfg.batch_size, device=device)
+    mask, weight = mdm.draw_masks(frozenset(), u, r, None, cfg.eps)
+    loss = lambda: mdm.method_loss(model, x0, pos, mask, weight).mean(-1).sum()
+    cuda = device.startswith("cuda")
+
+    def bf16(f):
+        with torch.autocast(device.split(":")[0], torch.bfloat16):
+            return f()
+
+    kinds = {"as in train.py": loss, "bf16 autocast": lambda: bf16(loss), "compiled": torch.compile(loss)}
+    if cuda:
+        kinds["compiled, CUDA graph"] = torch.compile(loss, mode="reduce-overhead")
+        kinds["TF32"] = loss
+    times, first = {}, {}
+    for name in list(kinds) * repeats:
+        torch.backends.cuda.matmul.allow_tf32 = name == "TF32"
+
+        def step():
+            model.zero_grad()
+            kinds[name]().backward()
+
+        began = clock(device)
+        step()
+        first.setdefault(name, clock(device) - began)
+        times.setdefault(name, []).append(timed(lambda: [step() for _ in range(10)], device) / 10)
+    t = {k: statistics.median(v) for k, v in times.items()}
+    eager = t["as in train.py"]
+    print(f"\nForward and backward of mdm, {S} seeds{'':14}{'ms':>8}{'x train.py':>12}{'first call':>12}{'pays after':>12}")
+    for name in kinds:
+        pays = "" if not name.startswith("compiled") else f"{first[name] / (eager - t[name]):.0f} steps" if t[name] < eager else "never"
+        print(f"  {name:45}{1e3 * t[name]:8.2f}{t[name] / eager:12.2f}{first[name]:10.1f} s{pays:>12}")
+
+
 def overheads(cfg, data, device, S, repeats):
     """Is the method free? Pairs of methods of the same forward tokens, taking turns; refits included."""
     train_x = data.train_blocks(device)
@@ -230,6 +272,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=5, help="rounds [5]")
     parser.add_argument("--nanogpt", help="a clone of nanoGPT to measure beside")
     parser.add_argument("--tiny_diffusion", help="a clone of tiny-diffusion to measure beside")
+    parser.add_argument("--compile", action="store_true", help="only torch.compile, CUDA graphs, TF32 and bf16, against training as it is")
     parser.add_argument("--scaling", action="store_true", help="only time and memory at four sizes of everything")
     parser.add_argument("--device", default="auto", help="cpu, cuda, auto [auto]")
     args = parser.parse_args()
@@ -240,6 +283,10 @@ def main():
     print(f"{cfg.dataset}, {cfg.n_layer} layers of {cfg.n_embd}, batch {cfg.batch_size}, torch {torch.__version__}, {name}")
     if args.scaling:
         return scaling(device)
+    if args.compile:
+        for S in [int(s) for s in args.seeds.split(",")]:
+            ways(cfg, data, device, S, args.repeats)
+        return
     references = {"nanoGPT": nanogpt_step(args.nanogpt, cfg, data, device)} if args.nanogpt else {}
     if args.tiny_diffusion:
         references["tiny-diffusion"] = tiny_diffusion_step(args.tiny_diffusion, cfg, data, device)

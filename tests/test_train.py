@@ -95,6 +95,29 @@ def test_nothing_waits_for_the_device_between_evaluations(method, data, monkeypa
         go(data, method, ppots_fit="grid")
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_launches_as_many_kernels_for_many_seeds_as_for_one(method, data, monkeypatch):
+    """On a GPU a step of so small a model takes as long as it takes to launch its kernels, so they are counted here, as the
+    operations that are more than a view: fewer than 400 for two blocks, whatever the number of seeds."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        n = 0
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            self.n += not op.is_view
+            return op(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(arith.Arithmetic, "structural", [0])
+    after_step = {1: [], 5: []}
+    for n_seeds, counts in after_step.items():
+        with Count() as count:
+            stop = lambda: counts.append(count.n) or len(counts) == 2  # neither the first step nor the last: they do more
+            train.train(train.Config(**{**TINY, "n_layer": 2}), mdm.parse_method(method), list(range(n_seeds)), data, stop=stop)
+    one, many = (b - a for a, b in after_step.values())
+    assert one == many < 400
+
+
 def test_streams_are_private():
     draw = lambda *a: torch.rand(5, generator=train.stream(*a)).tolist()
     draws = [draw(seed, purpose, block) for seed in (0, 1) for purpose in train.STREAMS for block in (0, 1)]
