@@ -41,8 +41,9 @@ import torch.nn.functional as F
 # 1. The model: nanoGPT's pre-norm transformer, with a leading axis S on every parameter.
 #
 # Row s of each parameter belongs to seed s. The rows never meet: S models train in one stream of batched matmuls,
-# at far less than S times the cost of one. With S = 1 it is the transformer you know. There is no time embedding:
-# t decides only which tokens are hidden, so given xt it says nothing more about them (RADD, arXiv 2406.03736).
+# cheaper than one after another wherever a single one leaves the machine idle. With S = 1 it is the transformer you
+# know. There is no time embedding: t decides only which tokens are hidden, so given xt it says nothing more about them
+# (RADD, arXiv 2406.03736).
 
 
 @dataclass
@@ -155,7 +156,7 @@ def token_nll(model, x0, pos, mask=None):
     """-log p of each response token, in nats: (S, ..., n) for x0 (S, ..., T).
 
     MDM: -log p(x0_i | xt), xt noised by mask (S, ..., n). Entries of unmasked tokens mean nothing; the loss
-    multiplies them by zero. ARM (causal, no mask): -log p(x0_i | x0_<i), read off one position earlier.
+    multiplies them by zero. ARM (causal, no mask): -log p(x0_i | x0_<i), read off one position earlier, so no pos is 0.
     """
     if model.config.causal:
         xt, at = x0[..., :-1], pos - 1
@@ -242,7 +243,7 @@ def curves(counts, H, t, n, eps=1e-3):
     From the pilot's counts (n_counts,) and H (S, X, n_counts, repeats >= 2). Both are unbiased when every count was
     measured (n <= 16); beyond, E[H/k] and E[(H/k)^2] are interpolated between counts. It is the mean over x0 of g^2 that
     belongs in (4), not the square of the mean (with the latter the data's own spread is lost: a slip in the authors'
-    release). P-POTS needs only the sum of the two; g^2 alone is what is bought with repeats, to be looked at.
+    release). P-POTS needs only the sum of the two; the repeats serve to tell them apart.
     """
     p_mask, per_token = rate_to_p_mask(t, eps), H.double() / counts[:, None]
     k = torch.arange(1, n + 1, device=t.device)
@@ -303,7 +304,7 @@ def fit_epr(t, w, start=None, n_starts=20, n_steps=400):
 # The law that is really sampled is a table. With s = sqrt(t), the density of s is constant on each of n_cells equal cells:
 # p(t) = cell_mass * n_cells / (2 sqrt(t)). Two things follow. The inverse of the CDF is exact, so the weight 1/p(t)
 # is that of the density really drawn and E[weight] = 1 to rounding. And within a cell p goes like t^(-1/2), as the
-# optimum does at 0, so that below the first cell's edge, t = 1/N_CELLS^2 = 6e-5, the log(1/eps) ends, for a fitted EPR too.
+# optimum does at 0, so that for a fitted EPR too the variance has a limit, once eps is far below the first cell's edge, 6e-5.
 N_CELLS = 128
 
 
@@ -352,8 +353,8 @@ def mirror_masks(r, p_mask):
     Each mask alone is an ordinary one at rate p_mask, so the mean of their losses is unbiased. For p_mask <= 1/2
     they are disjoint; for p_mask >= 1/2 they cover every token. With rho their losses' correlation given x0 and t,
     Var_m(mean) = Var_m(l)/2 * (1 + rho): A falls by half, and by more where rho < 0. rho <= 0 holds when hiding one more
-    token never lowers the summed loss (the two losses are then monotone in r, in opposite directions). That is about
-    the loss; for the gradient it is an observation (see --variance), not a theorem. B and C stay.
+    token never lowers the summed loss (the two losses are then monotone, in opposite directions, in independent r). That is
+    about the loss; for the gradient it is an observation (see --variance), not a theorem. B and C stay.
     The second pass is paid for: compare with two independent masks (`multi2`), twice the batch (`batch2`), twice the
     steps (`steps2`). (A fresh r for the second mask, as in the head of the authors' release, is multi2, not MIRROR.)
     """
@@ -391,13 +392,13 @@ def exact_count(u, table):
 
     Its mean is L since int t^(k-1) (1-t)^(n-k) dt = 1/(k C(n,k)). At eps = 0 its variance is never larger than the plain
     one's: averaging the plain weight 1/t over t given the mask (Rao-Blackwell) leaves (n+1)/k, on k ~ U{0..n}; never
-    drawing the useless k = 0 takes off another factor n/(n+1) of E[l^2]. There is no 1/t left, and no eps. (Against a
-    plain loss with eps > 0 the argument needs k of order 1/eps to fail: responses of many hundred tokens.)
+    drawing the useless k = 0 multiplies E[l^2] by n/(n+1). There is no 1/t left, and no eps. (Against a plain loss with
+    eps > 0 that is so for each mask while n eps < .26, up to 260 tokens at 1e-3; then k = 1 is the first to cost more.)
     Its rate is k itself. The luck of k given t, part of A before, counts as B now: B is never smaller than the plain
     one's, and only totals should be compared.
-    OURS: with t = k/n and the ranks of r in place of r, it is an ordinary mask, to which all else in this file
-    applies: MIRROR takes the k lowest and the k highest ranks, StraTS stratifies k, P-POTS draws k from a table of
-    p_k with weight 1/(n p_k), optimal, for the loss, when p_k ∝ sqrt(E[(H/k)^2]).
+    OURS: with t = k/n and the ranks of r in place of r, other methods apply as they are: MIRROR takes the k lowest and
+    the k highest ranks (which are not independent: rho <= 0 is no theorem then), StraTS stratifies k, P-POTS draws k
+    from a table of p_k with weight 1/(n p_k), optimal, for the loss, when p_k ∝ sqrt(E[(H/k)^2]).
 
     u (S, B) in (0,1], table (S, n) the probability of each k -> k/n (S, B) and importance weight (S, B).
     """
@@ -606,11 +607,12 @@ def ppots_law(method, counts, H, n, fit="epr", eps=1e-3, start=None):
 # 7. The variance, measured. How noisy is a method at a given model? Equation (3), for the loss and for the gradient.
 #
 # Exactly, where all 2^n masks can be listed (OURS). Let V_m be what mask m brings: the number H_m = sum_{i in m} nll_i,
-# or the vector of its gradient. A method's loss is a weighted V_m, so its moments are linear in the Gram matrix
-# K = E_{x0}[V V^T] (N x N, N = 2^n), and all that makes a METHOD is in three arrays that know neither model nor data
-# (<X, K> is the sum of all X_mm' K_mm'):
+# or the vector of its gradient. A method's loss is l = sum_m a_m V_m, where a_m is weight/(n M) for each time m is drawn: it is
+# random, but knows neither model nor data. So the moments of l are linear in the Gram matrix K = E_{x0}[V V^T]
+# (N x N, N = 2^n), and all that makes a METHOD is in three arrays (<X, K> is the sum of all X_mm' K_mm'):
 #
 #     E ||l||^2 = <second, K>      E ||E[l | x0,t]||^2 = <given_t, K>      E ||E[l | x0]||^2 = <mean mean^T, K>
+#     second = E[a a^T]            given_t = E_t[E[a|t] E[a|t]^T]          mean = E[a]
 #
 # A and B are the differences of these. C takes K minus the Gram matrix of the mean V over x0. A fourth array, `between`,
 # is what rates that are correlated over the batch (strats, lowdisc) take off B.
@@ -905,7 +907,7 @@ def demo():
         return exact_law(method, n, ppots_law(method, *pilot, n, fit, eps)[0][0] if "ppots" in method else None, eps)
 
     print("Variance of the training loss and of its gradient, untrained model, exact over all masks and rates, per sequence.")
-    print("A masking pattern, B masking rate, C data. ratio: to mdm; x passes: the same times the forward passes it takes.\n")
+    print("A masking pattern, B masking rate, C data. ratio: the gradient's total to mdm's; x passes: times the passes it takes.\n")
     rows = []
     for name in "arm mdm ppots mirror ppots_mirror multi2 strats exactk exactk_mirror".split():
         loss, gradient = (exact_variance(None if name == "arm" else law(name), *K) for K in (K_arm if name == "arm" else K_mdm))
@@ -913,8 +915,8 @@ def demo():
     print(variance_table(rows))
 
     epsilons = [1e-2, 1e-3, 1e-4, 1e-5, 1e-6]
-    print("\nThe loss's total variance as eps -> 0: without bound, like log(1/eps), for mdm; under the fitted EPR down to the table's")
-    print("first cell, eps = 6e-5; settled under the law as it was measured, and for exact counts.\n")
+    print("\nThe loss's total variance as eps -> 0: without bound, like log(1/eps), for mdm; under the fitted EPR until eps is far")
+    print("below the table's first cell, 6e-5; settled under the law as it was measured, and for exact counts.\n")
     print(f"{'eps':22}" + "".join(f"{eps:10.0e}" for eps in epsilons))
     for label, name, fit in [("mdm", "mdm", ""), ("ppots, EPR", "ppots", "epr"), ("ppots, as measured", "ppots", "grid"), ("exactk", "exactk", "")]:
         print(f"{label:22}" + "".join(f"{exact_variance(law(name, eps, fit), *K_mdm[0])['total']:10.4g}" for eps in epsilons))
