@@ -1,20 +1,17 @@
 """sample.py - ask a trained model.
 
-    python sample.py --out_dir=out --method=ppots_mirror --seed=42 --prompt="123+456="
+    python sample.py --method=ppots_mirror --seed=42 --prompt="123+456="
     python sample.py --method=mdm --prompt="123+456=" --show                watch it unmask
-    python sample.py --method=mdm --prompt="123+456=_5_9"                   `_` marks what is to be filled in
-    python sample.py --method=arm --file=prompts.txt                        one prompt per line; ARMs go left to right
+    python sample.py --method=mdm --prompt="123+456=_5_9"                   fill in what _ marks
+    python sample.py --method=arm --file=prompts.txt                        one prompt per line
 
-Text (a model trained with --dataset=FILE or shakespeare_char):
+Text (a model trained with --dataset=shakespeare_char or a file):
 
-    python sample.py --method=mdm --temperature=0.8 --steps=16              a block from nothing, four tokens a step
+    python sample.py --method=mdm --temperature=0.8 --steps=16              four tokens a step
     python sample.py --method=mdm --prompt="ROMEO:" --temperature=0.8       go on from a beginning
-    python sample.py --method=mdm --prompt="KING ____:" --order=random      fill in the gaps, which no ARM can
+    python sample.py --method=mdm --prompt="KING ____:" --order=random      fill in, as no ARM can
 """
 import argparse
-import math
-import os
-import shutil
 import sys
 import time
 
@@ -22,171 +19,137 @@ import torch
 
 import mdm
 import train
-from data import arith
+from data import arith, machine
+from data.machine import fail
 from data.text import Vocabulary
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--out_dir", default="out", help="where train.py wrote its checkpoints [out]")
-    parser.add_argument("--method", default="ppots_mirror", help="which method's model [ppots_mirror]")
-    parser.add_argument("--seed", type=int, help="which seed's model (default: the first one trained)")
-    parser.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated (text: default none)")
-    parser.add_argument("--file", help="a UTF-8 text file with one prompt per line")
-    parser.add_argument("--mask_char", default="_", help="the character that marks, in a prompt, what is to be filled in [_]")
-    parser.add_argument("--length", type=int, help="text: tokens to show (default: the prompt's, if it has gaps, else block_size)")
-    parser.add_argument("--steps", type=int, help="denoising steps; when fewer than tokens, several are filled in at once (default: one a step)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token, 1 samples from the model [0]")
-    orders = ["confidence", "random", "left"]
-    parser.add_argument("--order", choices=orders, default="confidence", help="which tokens an MDM fills in first [confidence]")
-    parser.add_argument("--sample_seed", type=int, default=0, help="seed of --temperature and --order=random [0]")
-    parser.add_argument("--show", action="store_true", help="show every step: animated in a terminal, else one line each")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, mps or auto [auto]")
-    parser.error = lambda message: sys.exit(train.fail(message))
-    return parser.parse_args(argv)
-
-
-def load_model(out_dir, method, seed=None, device="cpu"):
-    """One seed's model, S = 1, as trained: (model, its vocabulary, its settings). Raises UserError."""
-    path = train.checkpoint_path(out_dir, method)
-    checkpoint = train.load_checkpoint(path)
-    try:
-        cfg, seeds, weights = train.Config(**checkpoint["config"]), checkpoint["seeds"], checkpoint["state"]["model"]
-        vocabulary = Vocabulary(**checkpoint["vocabulary"])
-        row = 0 if seed is None else seeds.index(seed)
-        config = mdm.GPTConfig(len(vocabulary), weights["wpe"].shape[1], cfg.n_layer, cfg.n_head, cfg.n_embd, "arm" in method)
-        model = mdm.GPT(config, [torch.Generator()])
-        model.load_state_dict({k: v[row : row + 1] for k, v in weights.items()})
-    except ValueError:
-        raise train.UserError(f"--seed={seed} was not trained there; trained seeds: {', '.join(map(str, seeds))}") from None
-    except (TypeError, KeyError, RuntimeError):
-        raise train.UserError(f"{path} is of another version of this program; train again") from None
-    return model.to(device), vocabulary, cfg
-
-
-def encode(vocabulary, prompt, mask_char):
-    """Token ids of a prompt, with the mask token wherever it has a mask_char. Raises UserError."""
-    ids = []
-    for i, part in enumerate(prompt.split(mask_char)):
-        try:
-            ids += ([len(vocabulary)] if i else []) + vocabulary.encode(part)
-        except ValueError as e:
-            raise train.UserError(f"prompt '{prompt}': {e}") from None
-    return ids
-
-
-def problem(data, T, prompt, mask_char):
-    """Arithmetic: a prompt's T token ids, the missing rest of the answer masked. Raises UserError."""
-    ids, example = encode(data.vocabulary, prompt, mask_char), data.decode(data.train[0, : data.prompt_len])
-    if not data.prompt_len <= len(ids) <= T:
-        wanted = f"{data.prompt_len}, like {example} (or up to {T} with part of the answer)"
-        raise train.UserError(f"prompt '{prompt}' has {len(ids)} characters; {data.name} wants {wanted}")
-    if len(data.vocabulary) in ids[: data.prompt_len]:
-        raise train.UserError(f"prompt '{prompt}': only the response, after {example[-1]!r}, can be filled in")
-    return ids + [len(data.vocabulary)] * (T - len(ids))
-
-
-def passage(vocabulary, T, prompt, mask_char, causal):
-    """Text: T token ids, and how many of them to show. The first, which models never predict, is a line feed, as a
-    prompt begins a line; what the prompt leaves open is masked. Raises UserError."""
-    ids, mask_id = encode(vocabulary, prompt, mask_char), len(vocabulary)
-    if len(ids) > T - 1:
-        raise train.UserError(f"prompt '{prompt}' has {len(ids)} tokens, the model's blocks have {T - 1}: shorten it")
-    if causal and mask_id in ids:
-        raise train.UserError(f"prompt '{prompt}' has gaps ({mask_char}): an ARM can only go on from a beginning; use an MDM's --method")
-    try:
-        first = vocabulary.encode("\n")[:1]
-    except ValueError:
-        first = [0]
-    return first + ids + [mask_id] * (T - 1 - len(ids)), len(ids) if mask_id in ids else T - 1
-
-
-def show(rows, animate, n_shown):
-    """Print the rows; in an animation over the n_shown lines printed last. Returns how many lines that made."""
-    text = "\n".join(rows)
-    if animate and n_shown:
-        time.sleep(0.05)
-        text = f"\x1b[{n_shown}A\x1b[J{text}"  # cursor up, clear to the end
-    print(text, flush=True)
-    width = shutil.get_terminal_size().columns  # longer lines wrap
-    return sum(max(1, math.ceil(len(line) / width)) for row in rows for line in row.split("\n"))
-
-
-def sample(args):
-    method = mdm.parse_method(args.method)
-    for name in ("steps", "length"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise train.UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    if not 0 <= args.temperature < float("inf"):
-        raise train.UserError(f"--temperature must be at least 0, not {args.temperature}")
-    if not 0 <= args.sample_seed < 2**63:
-        raise train.UserError(f"--sample_seed must be at least 0 and below 2^63, not {args.sample_seed}")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("sample.py", None, __doc__, formatter_class=formatter)
+    parser.error = fail
+    add = parser.add_argument
+    add("--out_dir", default="out", help="where train.py wrote its checkpoints [out]")
+    add("--method", default="ppots_mirror", help="which method's model [ppots_mirror]")
+    add("--seed", type=int, help="which seed's model (default: the first one trained)")
+    add("--prompt", action="append", default=[], help="may be repeated (text: default none)")
+    add("--file", help="a UTF-8 file with one prompt per line")
+    add("--mask_char", default="_", help="marks, in a prompt, what is to be filled in [_]")
+    add("--length", type=int, help="text: tokens shown (default: a block, or a prompt with gaps)")
+    add("--steps", type=int, help="fewer than tokens: several at once (default: one a step)")
+    add("--temperature", type=float, default=0.0, help="0 takes the likeliest, 1 samples [0]")
+    add("--order", choices=["confidence", "random", "left"], default="confidence", help="what first")
+    add("--sample_seed", type=int, default=0, help="of --temperature and --order=random [0]")
+    add("--show", action="store_true", help="show every step, animated in a terminal")
+    add("--device", default="auto", help="cpu, cuda, mps or auto [auto]")
+    args = parser.parse_args(argv)
+    if not all(n is None or n >= 1 for n in (args.steps, args.length)):
+        fail("--steps and --length must be at least 1")
+    if not 0 <= args.temperature < 1e9 or not 0 <= args.sample_seed < 2**63:
+        fail("--temperature and --sample_seed must be at least 0, and no infinity")
     if len(args.mask_char) != 1:
-        raise train.UserError(f"--mask_char must be one character, not '{args.mask_char}'")
-    prompts = list(args.prompt)
+        fail(f"--mask_char must be one character, not '{args.mask_char}'")
     if args.file:
         try:
             with open(args.file, encoding="utf-8-sig") as f:
-                prompts += [line for line in f.read().splitlines() if line]
+                args.prompt += [line for line in f.read().splitlines() if line]
         except (OSError, UnicodeDecodeError) as e:
-            raise train.UserError(f"--file={args.file} cannot be read as UTF-8 text: {getattr(e, 'strerror', None) or e}") from None
-    device = train.pick_device(args.device)
-    model, vocabulary, cfg = load_model(args.out_dir, method, args.seed, device)
-    T = model.config.block_size
-    if train.is_text(cfg.dataset):
-        rows, shown = zip(*[passage(vocabulary, T, p, args.mask_char, model.config.causal) for p in prompts or [""]])
-        first, end = 1, 1 + min(args.length or max(shown), T - 1)
-    else:
-        if not prompts:
-            raise train.UserError('no prompt: give --prompt="..." or --file=...')
-        data = arith.make(cfg.dataset)
-        rows, first, end = [problem(data, T, p, args.mask_char) for p in prompts], 0, T
-    pos = torch.arange(1 if train.is_text(cfg.dataset) else data.prompt_len, end, device=device)
-    generator = torch.Generator(device).manual_seed(args.sample_seed)
-    lines = lambda x: [vocabulary.decode(row[first:end], args.mask_char) for row in x[0].tolist()]
-    n_tokens, n_passes, began = 0, 0, time.perf_counter()
-    for part in torch.tensor([rows], device=device).split(train.rows_at_once(model, len(pos)), 1):
-        n, passes = fill_in(model, part, pos, args, generator, lines)
-        n_tokens, n_passes = n_tokens + n, n_passes + passes * part.shape[1]
-    print(f"{n_tokens / len(rows):g} tokens a sequence in {n_passes / len(rows):g} forward passes: {n_tokens / max(1, n_passes):.2f} tokens per pass, "
-          f"{n_tokens / (time.perf_counter() - began):.0f} tokens/s", file=sys.stderr)  # fmt: skip
-    return 0
+            fail(f"--file={args.file} cannot be read as UTF-8 text: {e}")
+    return args
 
 
-def fill_in(model, x, pos, args, generator, lines):
-    """Generate and print one batch, x (1, B, T). Returns the tokens filled in and the forward passes it took."""
-    masked = x[0][:, pos] == model.config.vocab_size
-    pos, most = pos[masked.any(0)], int(masked.sum(1).max())
-    animate, n_shown, n_passes = sys.stdout.isatty(), 0, 0
-    if args.show:
-        n_shown = show(lines(x), animate, 0)
-    steps = min(args.steps or most, most)
-    for x in mdm.generate(model, x, pos, steps, args.temperature, args.order, generator) if most else ():
-        n_passes += 1
-        if args.show:
-            n_shown = show(lines(x), animate, n_shown)
-    if not args.show:
-        show(lines(x), False, 0)
-    return int(masked.sum()), n_passes
+def load_model(out_dir, method, seed=None, device="cpu"):
+    """One seed's model, with S = 1: (model, its vocabulary, its settings)."""
+    saved = machine.find_checkpoint(out_dir, method, seed)
+    row = saved["seeds"].index(seed) if seed is not None else 0
+    weights = {k: v[row : row + 1] for k, v in saved["state"]["model"].items()}
+    vocabulary, T = Vocabulary(**saved["vocabulary"]), weights["wpe"].shape[1]
+    shape = [saved[k] for k in ("n_layer", "n_head", "n_embd")]
+    config = mdm.GPTConfig(len(vocabulary), T, *shape, causal="arm" in method)
+    model = mdm.GPT(config, [torch.Generator()])
+    model.load_state_dict(weights)
+    return model.to(device), vocabulary, saved
+
+
+def encode(vocabulary, prompt, mask_char):
+    """Token ids of a prompt, the mask token's wherever it has a mask_char."""
+    try:
+        ids = []
+        for part in prompt.split(mask_char):
+            ids += [len(vocabulary), *vocabulary.encode(part)]
+        return ids[1:]
+    except ValueError as e:
+        fail(f"prompt '{prompt}': {e}")
+
+
+def problem(data, ids, prompt):
+    """Arithmetic: T token ids, the missing rest of the response masked."""
+    T, mask_id = data.test.shape[1], len(data.vocabulary)
+    example = data.decode(data.test[0, : data.prompt_len])
+    if not data.prompt_len <= len(ids) <= T or mask_id in ids[: data.prompt_len]:
+        fail(f"prompt '{prompt}': {data.name} wants {data.prompt_len} characters without gaps, "
+             f"like {example}, or up to {T} with some of the answer")
+    return ids + [mask_id] * (T - len(ids))
+
+
+def passage(model, vocabulary, ids, prompt):
+    """Text: T token ids; the first is given, a line feed, as lines begin after one."""
+    T, mask_id = model.config.block_size, len(vocabulary)
+    if len(ids) > T - 1:
+        fail(f"prompt '{prompt}' has {len(ids)} tokens, a block has {T - 1}: shorten it")
+    if model.config.causal and mask_id in ids:
+        fail(f"prompt '{prompt}' has gaps, and an ARM can only go on: use an MDM's --method")
+    first = vocabulary.encode("\n") if "\n" in vocabulary.items else [0]
+    return first + ids + [mask_id] * (T - 1 - len(ids))
+
+
+def show(rows, above):
+    """Print the rows, over the `above` lines printed before. Returns how many lines it made."""
+    text = "\n".join(rows)
+    print(f"\x1b[{above}A\x1b[J{text}" if above else text, flush=True)
+    time.sleep(0.05 if above else 0)
+    return text.count("\n") + 1
 
 
 def main(argv=None):
     args = parse_args(argv)
-    try:
-        return sample(args)
-    except (train.UserError, ValueError) as e:
-        return train.fail(e)
-    except KeyboardInterrupt:
-        return 130
-    except (RuntimeError, MemoryError) as e:
-        if not train.out_of_memory(e):
-            raise
-        return train.fail("out of memory: give fewer prompts at a time")
-    except BrokenPipeError:  # `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    method, device = train.parse_method(args.method), machine.pick_device(args.device)
+    model, vocabulary, saved = load_model(args.out_dir, method, args.seed, device)
+    prompts, T = args.prompt, model.config.block_size
+    ids = [encode(vocabulary, prompt, args.mask_char) for prompt in prompts]
+    if saved["dataset"] in arith.DATASETS:
+        data = arith.make(saved["dataset"])
+        rows = [problem(data, *pair) for pair in zip(ids, prompts)]
+        begin, first, end = data.prompt_len, 0, T
+    else:
+        prompts, ids = prompts or [""], ids or [[]]
+        rows = [passage(model, vocabulary, *pair) for pair in zip(ids, prompts)]
+        gaps = all(len(vocabulary) in row for row in ids)
+        begin, first, end = 1, 1, 1 + min(args.length or (max(map(len, ids)) if gaps else T), T - 1)
+    if not rows:
+        fail('no prompt: give --prompt="..." or --file=...')
+
+    def lines(x):
+        return [vocabulary.decode(row[first:end], args.mask_char) for row in x[0].tolist()]
+
+    x = torch.tensor([rows], device=device)
+    masked = x[0, :, begin:end] == len(vocabulary)
+    pos = torch.arange(begin, end, device=device)[masked.any(0)]
+    most, passes, began, above = int(masked.sum(1).max()), 0, time.perf_counter(), 0
+    generator = torch.Generator(device).manual_seed(args.sample_seed)
+    steps = min(args.steps or most, most)
+    if args.show:
+        above = show(lines(x), 0)
+    for x in mdm.generate(model, x, pos, steps, args.temperature, args.order, generator):
+        passes += 1
+        if args.show:
+            above = show(lines(x), above if sys.stdout.isatty() else 0)
+    if not args.show:
+        show(lines(x), 0)
+    print(f"{masked.sum() / len(rows):g} tokens a sequence in {passes} forward passes, "
+          f"{time.perf_counter() - began:.2f} s", file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())
