@@ -16,8 +16,8 @@ of three, and the law of total variance takes them apart:
 
 The same holds for the gradient, with "variance" read as the trace of the covariance. "Bringing
 Stability to Diffusion" (arXiv 2511.18159; "the paper" from here on) lowers A and B with six
-methods, above all P-POTS (section 3: how to choose t) and MIRROR (section 4: how to choose masks).
-`python mdm.py` computes (3) exactly for an untrained model, method by method.
+methods, above all P-POTS (section 3) and MIRROR (section 4). `python mdm.py` computes (3) exactly
+for an untrained model, method by method.
 
 LETTERS  S          models trained side by side, one per random seed
          B, T       sequences in a batch; tokens in a sequence (block_size)
@@ -39,7 +39,6 @@ import torch.nn.functional as F
 
 # --------------------------------------------------------------------------------------------------
 # 1. The model: nanoGPT's transformer, with a leading axis S on every parameter.
-#
 # Row s of each parameter belongs to seed s, and rows never meet: S models train as one stream of
 # batched matmuls. With S = 1 it is the transformer you know. It is not told t: the number of mask
 # tokens in xt says all that t could say about the hidden ones (RADD, arXiv 2406.03736).
@@ -57,8 +56,7 @@ class GPTConfig:
 
 def normal(generators, *shape, std=0.02):
     """A parameter (S, *shape), the row of each seed drawn from the seed's own generator."""
-    rows = [torch.randn(shape, generator=generator) for generator in generators]
-    return nn.Parameter(std * torch.stack(rows))
+    return nn.Parameter(std * torch.stack([torch.randn(shape, generator=g) for g in generators]))
 
 
 class Linear(nn.Module):
@@ -85,6 +83,13 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, x.shape[-1:]) * self.weight + self.bias
 
 
+def rotate(x, rotation):
+    """Rotary positions: normalise x (..., T, head size), then turn pairs by position's angles."""
+    cos, sin = rotation  # (T, head size / 2)
+    a, b = F.rms_norm(x, x.shape[-1:]).chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
 class Block(nn.Module):
     """Attention and MLP, each on a residual branch."""
 
@@ -104,33 +109,38 @@ class Block(nn.Module):
         """(S, B, T, n_embd) -> (S * B, n_head, T, head size)."""
         return x.flatten(0, 1).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
 
-    def forward(self, x, pos=None):
+    def forward(self, x, rotation, pos=None):
         """x (S, B, T, n_embd) -> the same, or (S, B, len(pos), n_embd) for the positions pos."""
         S, B, T, width = x.shape
-        h = self.ln_1(x)
+        h, here = self.ln_1(x), rotation
         k, v = self.key_value(h).chunk(2, dim=-1)
         visible = torch.ones(T, T, device=x.device).tril().bool() if self.causal else None
         if pos is not None:  # all tokens are looked at, but only those at pos look and go on
-            x, h = x[:, :, pos], h[:, :, pos]
+            x, h, here = x[:, :, pos], h[:, :, pos], rotation[:, pos]
             visible = visible[pos] if self.causal else None
-        q, k, v = self.heads(self.query(h)), self.heads(k), self.heads(v)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        q, k = rotate(self.heads(self.query(h)), here), rotate(self.heads(k), rotation)
+        y = F.scaled_dot_product_attention(q, k, self.heads(v), attn_mask=visible)
         x = x + self.attn_proj(y.transpose(1, 2).reshape(S, B, -1, width))
         return x + self.mlp_proj(F.gelu(self.mlp_fc(self.ln_2(x))))
 
 
 class GPT(nn.Module):
-    """S transformers. The embedding knows the mask token, the head cannot predict it."""
+    """S transformers, one for each of the generators (on the CPU), from which it draws its weights.
+    The embedding knows the mask token, the head cannot predict it."""
 
     def __init__(self, config, generators):
-        """generators: a CPU torch.Generator per seed, from which its weights are drawn."""
         super().__init__()
-        S, V, width = len(generators), config.vocab_size, config.n_embd
+        V, T, width = config.vocab_size, config.block_size, config.n_embd
         self.config = config
         self.wte = normal(generators, V + 1, width)  # token embedding, the mask token's last
-        self.wpe = normal(generators, config.block_size, width)  # position embedding
+        # Positions are learned, which suits the fixed columns of sums, and rotary, without which an
+        # MDM does not learn text at all. Their base is 100, since sequences are short.
+        self.wpe = normal(generators, T, width)
+        half = width // config.n_head // 2
+        angle = torch.arange(T)[:, None] * 100.0 ** -(torch.arange(half) / half)
+        self.register_buffer("rotation", torch.stack([angle.cos(), angle.sin()]), persistent=False)
         self.blocks = nn.ModuleList(Block(generators, config) for _ in range(config.n_layer))
-        self.ln_f, self.head = LayerNorm(S, width), Linear(generators, width, V)
+        self.ln_f, self.head = LayerNorm(len(generators), width), Linear(generators, width, V)
 
     def forward(self, idx, pos):
         """idx (S, B, T) token ids, pos (P,) positions -> logits (S, B, P, V) at these positions.
@@ -138,9 +148,10 @@ class GPT(nn.Module):
         S, _, T = idx.shape
         row = torch.arange(S, device=idx.device).view(S, 1, 1) * self.wte.shape[1]
         x = F.embedding(idx + row, self.wte.flatten(0, 1)) + self.wpe[:, None, :T]
+        rotation = self.rotation[:, :T]
         for block in self.blocks[:-1]:
-            x = block(x)
-        return self.head(self.ln_f(self.blocks[-1](x, pos)))
+            x = block(x, rotation)
+        return self.head(self.ln_f(self.blocks[-1](x, rotation, pos)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -163,16 +174,15 @@ def token_nll(model, x0, pos, mask=None):
 
 
 def mdm_loss(nll, mask, weight):
-    """Equation (1), 1/n sum_i weight_i mask_i nll_i: nll, mask, weight (..., n) -> (...), in nats
-    per token. The plain loss has weight = 1/p_mask."""
+    """Equation (1): all (..., n) -> (...), in nats per token. Plain training: weight = 1/p_mask."""
     return (nll * mask * weight).mean(-1)
 
 
 def rate_to_p_mask(t, eps=1e-3):
-    """p_mask = (1 - eps) t + eps: from here on a token is masked with this probability (LLaDA).
+    """p_mask = (1 - eps) t + eps, the probability with which a token is really masked (LLaDA).
 
     OURS: eps is not cosmetic. At small t a single hidden token costs H/(n t), so E[l^2 | t] ~ 1/t,
-    and for t ~ U(0,1) the variance of l grows like log(1/eps), without bound. (Its price: L is then
+    and for t ~ U(0,1) the variance of l grows like log(1/eps), without bound. (Its price: L becomes
     the mean over p_mask in (eps, 1). Exact counts, below, need no eps.)"""
     return (1 - eps) * t + eps
 
@@ -183,11 +193,11 @@ def rate_to_p_mask(t, eps=1e-3):
 # Draw t from a density p(t) and multiply the loss by 1/p(t): its mean stays what it was. Its
 # variance is int E[l^2 | t] / p(t) dt - L^2, which by Cauchy-Schwarz is least for
 #
-#     p(t)  ∝  sqrt( E[l^2 | t] )      (E_{x0}[g^2 + v], mean and variance, in the paper)       (4)
+#     p(t)  ~  sqrt( E[l^2 | t] )         (the paper writes it as mean^2 plus variance)          (4)
 #
-# "Visit the hard rates more often, in steps that are smaller in proportion." OURS, cheaper than
-# the paper's grid of rates: given the number k of hidden tokens all masks are equally likely,
-# whatever t was. So a pilot measures H by count, and the binomial law of k gives (4) at every t:
+# "Visit hard rates more often, in smaller steps." OURS, cheaper than the paper's grid of rates: all
+# masks of k tokens are equally likely, whatever t was. So a pilot measures H by count, and the
+# binomial law of k gives (4) at every t:
 #
 #     E[l^2 | t]  =  sum_k Bin(k; n, p) E[H^2 | k] / (n p)^2                                    (5)
 
@@ -208,8 +218,7 @@ def measure_counts(model, x0, pos, r):
 
 
 def second_moment(counts, H, t, n, eps=1e-3):
-    """Equation (5) at the rates t (Q,), averaged over x0: (S, Q). All tensors are on the CPU. If
-    not all counts were measured, E[(H/k)^2] is interpolated between them."""
+    """Equation (5) at the rates t (Q,): (S, Q), on the CPU; interpolated between the counts."""
     p = rate_to_p_mask(t, eps)[:, None]
     k = torch.arange(1, n + 1).double()
     per_token = (H.double() / counts).square().mean(1)
@@ -221,7 +230,7 @@ def second_moment(counts, H, t, n, eps=1e-3):
 def epr(theta, t):
     """The paper's EPR family: theta (..., 6), t (Q,) -> log p(t), not normalised, (..., Q).
 
-        p(t) ∝ sqrt(v(t) + g(t)^2),    v = a t^c1 + b (1-t)^c2,    g = exp(d t^c3)
+        p(t) ~ sqrt(v(t) + g(t)^2),    v = a t^c1 + b (1-t)^c2,    g = exp(d t^c3)
 
     a, b, d > 0 and c1, c2, c3 > 1 are softplus(theta), the latter plus 1. OURS to note: EPR is
     finite at t = 0, where (4) grows like (t + eps)^(-1/2), so some of the log(1/eps) survives.
@@ -233,8 +242,8 @@ def epr(theta, t):
 
 
 def fit_epr(t, w, n_starts=20, n_steps=200):
-    """Fit EPR to the curve w (S, Q) at the rates t (Q,): theta (S, 6) of the least KL(w || p) from
-    n_starts. (The paper uses L-BFGS; with Adam the seeds do not affect each other.)"""
+    """Fit EPR to a curve w (S, Q) at t (Q,): the theta (S, 6) of least KL(w || p). (The paper takes
+    L-BFGS; with Adam the seeds do not affect each other.)"""
     w = (w / w.sum(-1, keepdim=True))[:, None]
     theta = 2 * torch.randn(n_starts, 6, generator=torch.Generator().manual_seed(0)).to(w)
     theta = theta.repeat(len(w), 1, 1).requires_grad_()
@@ -248,9 +257,8 @@ def fit_epr(t, w, n_starts=20, n_steps=200):
     return theta.detach()[torch.arange(len(w)), kl.argmin(-1)]
 
 
-# What is sampled from is a table: the axis sqrt(t) is cut into N_CELLS equal cells, and within a
-# cell sqrt(t) is uniform. So the CDF is inverted exactly, 1/p(t) is the weight of the density that
-# was really drawn, and near t = 0 the density goes like t^(-1/2), as the optimum does.
+# What is sampled from is a table of N_CELLS equal cells of sqrt(t), which is uniform within each.
+# So 1/p(t) is exactly the density drawn, and near t = 0 that goes like t^(-1/2), as the optimum.
 N_CELLS = 128
 CELLS = ((torch.arange(N_CELLS).double() + 0.5) / N_CELLS).square()  # t at the middle of each cell
 
@@ -288,9 +296,7 @@ def mirror(r):
 
     Each mask alone is an ordinary one, so the mean of both losses is unbiased. If rho is their
     correlation given x0 and t, A becomes A/2 * (1 + rho); rho <= 0 if hiding one more token never
-    lowers H. The second pass has other uses to be compared with: two independent masks (`multi2`),
-    twice the batch (`batch2`), twice the steps (`steps2`).
-    """
+    lowers H. Fair controls, of two passes too: `multi2` (two independent masks), batch2, steps2."""
     return torch.cat([r, 1 - r])
 
 
@@ -299,10 +305,9 @@ def mirror(r):
 
 
 def exact_count(u, n):
-    """Exact counts: hide exactly k ~ U{1..n} tokens, weight 1/k. Attacks A; one pass; unbiased.
-    (RADD; LLaDA's evaluation.) u (S, B) in (0,1] -> k/n, which stands in for p. The mean is (2), at
-    eps = 0, as int t^(k-1) (1-t)^(n-k) dt = 1/(k C(n,k)). Almost all that it gains is never to
-    draw the empty mask, which the weight 1/t has to pay for."""
+    """Exact counts: hide exactly k ~ U{1..n} tokens, weight 1/k. Attacks A; one pass; unbiased (for
+    eps = 0). (RADD; LLaDA's evaluation.) u (S, B) in (0,1] -> k/n, which stands in for p. Almost
+    all that it gains is never to draw the empty mask, which the weight 1/t has to pay for."""
     return (u * n).ceil() / n
 
 
@@ -319,22 +324,20 @@ def n_strata(batch_size):
 
 def isad(p, is_rare, delta=0.2):
     """ISAD: hide rare tokens with q = min(p + delta, 1), weight 1/q. Attacks A on these; one pass;
-    BIASED (OURS to note): the others are predicted with the rare ones hidden more often than in
-    (2). p (S, B, 1), is_rare (S, B, n) bool -> (S, B, n)."""
+    BIASED (OURS to note): the others then see the rare ones hidden more often than in (2).
+    p (S, B, 1), is_rare (S, B, n) bool -> (S, B, n)."""
     return torch.where(is_rare, (p + delta).clamp(max=1), p)
 
 
 def clipped(u, low=0.3, high=0.8):
-    """Clipped rates: t ~ U[low, high]. Attacks A; one pass; BIASED: other rates are never seen.
-    (Arriola et al., arXiv 2503.09573.)"""
+    """Clipped rates: t ~ U[low, high]. Attacks A; one pass; BIASED. (Arriola, arXiv 2503.09573.)"""
     return low + (high - low) * u
 
 
 def ema_baseline(loss, u, ema, rate=0.01):
     """EMA: subtract from each loss a running mean of those at similar rates, one for each bin of
-    u, and add back their mean: the reported loss is steadier. What is subtracted knows nothing of
-    the parameters: the GRADIENT, and so training, is the same to the last bit.
-    loss, u (S, B), ema (S, bins) -> loss (S, B) and the new ema."""
+    u, and add back their mean. loss, u (S, B), ema (S, bins) -> a steadier loss (S, B), new ema.
+    What is subtracted knows no parameters: the GRADIENT, and training, is the same to the bit."""
     bins = ema.shape[-1]
     onehot = F.one_hot(((u * bins).ceil().long() - 1).clamp(0, bins - 1), bins).to(loss.dtype)
     steady = loss - (onehot @ ema[..., None])[..., 0] + ema.mean(-1, keepdim=True)
@@ -346,10 +349,9 @@ def ema_baseline(loss, u, ema, rate=0.01):
 
 # --------------------------------------------------------------------------------------------------
 # 6. A method is what it does to u (the rate), to r (the mask) and to the weight. Its name is made
-# of words, `"mirror" in "ppots_mirror"`; plain ones are "mdm" and "arm". train.py does what is
-# left: StraTS and EMA around the loss, twice the batch or the steps, and the paper's sixth method,
-# SyRM, which masks symbols of the prompt too and so has another objective.
-
+# of words, `"mirror" in "ppots_mirror"`; plain ones are "mdm" and "arm". train.py does the rest:
+# strats, ema, batch2, steps2, and SyRM, the paper's sixth method, which masks symbols of the prompt
+# too, so that its objective is another.
 
 
 def n_masks(method):
@@ -358,8 +360,8 @@ def n_masks(method):
 
 
 def rate(method, u, n, table=None, eps=1e-3, is_rare=None):
-    """u (S, B) uniform in (0,1] -> p (S, B, 1), or (S, B, n) for isad, and the importance weight
-    (S, B, 1). Raises ValueError for ppots without a table, which ppots_table makes."""
+    """u (S, B) in (0,1] -> p (S, B, 1), or (S, B, n) for isad, and the importance weight (S, B, 1).
+    Raises ValueError for ppots without a table, which ppots_table makes."""
     p, importance = rate_to_p_mask(u, eps), torch.ones_like(u)
     if "ppots" in method:
         if table is None:
@@ -391,9 +393,8 @@ def draw_masks(method, u, r, table=None, eps=1e-3, is_rare=None):
 
 
 def method_loss(model, x0, pos, mask, weight):
-    """The loss of each sequence (S, B), the mean over its M masks, in one forward batch.
-    x0 (S, B, T), pos (n,), mask and weight (M, S, B, n)."""
-    mask, weight = mask.transpose(0, 1), weight.transpose(0, 1)  # (S, M, B, n)
+    """x0 (S, B, T), pos (n,), mask and weight (M, S, B, n) -> the mean loss over M masks, (S, B)."""
+    mask, weight = mask.transpose(0, 1), weight.transpose(0, 1)  # (S, M, B, n): one forward batch
     nll = token_nll(model, x0[:, None].expand(-1, mask.shape[1], -1, -1), pos, mask)
     return mdm_loss(nll, mask, weight).mean(1)
 
@@ -407,21 +408,20 @@ def sample_gradients(model, x0, pos, mask, weight):
     the first seed. The seed axis does the work: N copies of the model, each given one sample."""
     copies = {}
     for name, p in model.named_parameters():
-        copies[name] = p[:1].detach().expand(len(x0), *p.shape[1:]).requires_grad_()
+        copies[name] = p[:1].detach().repeat_interleave(len(x0), 0).requires_grad_()
 
     def net(idx, at):
         return torch.func.functional_call(model, copies, (idx, at))
 
     net.config = model.config
     loss = method_loss(net, x0[:, None], pos, mask[None, :, None], weight[None, :, None])[:, 0]
-    gradients = torch.autograd.grad(loss.sum(), list(copies.values()))
-    return loss.detach(), torch.cat([g.flatten(1) for g in gradients], 1)
+    gradient = torch.autograd.grad(loss.sum(), list(copies.values()))
+    return loss.detach(), torch.cat([g.flatten(1) for g in gradient], 1)
 
 
 # OURS, exact for short responses: list all N = 2^n masks, and let V_m be the H of mask m, or its
 # gradient. A method's loss is l = a V_m with a = weight/n, so its moments need no more of model
 # and data than the Gram matrix K = E_{x0}[V V^T] (N, N).
-
 
 
 def all_masks(n):
@@ -435,11 +435,10 @@ def grams(model, x0, pos):
     masks, weight = all_masks(len(pos)).to(x0.device), float(len(pos))
     if model.config.causal:
         masks, weight = masks[-1:], 1.0
+    weights = torch.full(masks.shape, weight, device=x0.device)
     total, mean = [0, 0], [0, 0]
-    for x in x0:
-        weights = torch.full(masks.shape, weight, device=x0.device)
-        parts = sample_gradients(model, x.expand(len(masks), -1), pos, masks, weights)
-        for i, V in enumerate(parts):
+    for x in x0.unsqueeze(1).expand(-1, len(masks), -1):
+        for i, V in enumerate(sample_gradients(model, x, pos, masks, weights)):
             V = V.cpu().double().view(len(masks), -1)
             total[i] = total[i] + V @ V.T / len(x0)
             mean[i] = mean[i] + V / len(x0)
@@ -450,15 +449,14 @@ def mask_probabilities(method, p, n):
     """P(m) of one mask at the rate p, (N,)."""
     k = all_masks(n).sum(1)
     if "exactk" in method:
-        return (k == round(n * p)) / (k == round(n * p)).double().sum()
-    return (p**k * (1 - p) ** (n - k)).double()
+        return (k == round(n * p)).double() / math.comb(n, round(n * p))
+    return p ** k.double() * (1 - p) ** (n - k)
 
 
 def mirror_probabilities(method, p, n):
-    """P(m, m') of MIRROR's two masks at the rate p, (N, N); tokens are independent, so it is the
-    n-th Kronecker power of one token's: hidden in neither mask, in one of them, in both."""
+    """P(m, m') of MIRROR's masks at the rate p, (N, N): the n-th Kronecker power of one token's."""
     neither, one, both = max(1 - 2 * p, 0), min(p, 1 - p), max(2 * p - 1, 0)
-    token = torch.tensor([[neither, one], [one, both]]).double()
+    token = torch.tensor([[neither, one], [one, both]], dtype=torch.float64)
     pairs = functools.reduce(torch.kron, [token] * n)
     if "exactk" in method:  # of these pairs, those of n p tokens each
         single = mask_probabilities(method, p, n)
@@ -467,22 +465,18 @@ def mirror_probabilities(method, p, n):
 
 
 def exact_variance(method, K, K_mean, n, table=None, eps=1e-3, batch_size=64, n_rates=840):
-    """A, B, C and their total per sequence, from a pair of grams(). table (1, N_CELLS), float64.
-
-    The integral over u is a sum over n_rates cells, in each stratum for strats: strata are equally
-    full, so their differences are no noise. Not for isad, whose l is no multiple of a V.
-    """
+    """A, B, C and total per sequence, from a pair of grams(), summing over n_rates cells of u. The
+    strata of strats are equally full: their differences are no noise. Not for isad: l is no a V."""
     if "arm" in method:
         return {"A": 0.0, "B": 0.0, "C": (K - K_mean).item(), "total": (K - K_mean).item()}
-    edges = torch.linspace(0, 1, n_rates + 1).double()
+    edges = torch.linspace(0, 1, n_rates + 1, dtype=torch.float64)
     if "exactk" not in method:
         edges = edges**4  # dense where 1/t is steep; for exact counts 840 is a multiple of 1..8
     strata = n_strata(batch_size) if "strats" in method else 1
     u = (torch.arange(strata)[:, None] + (edges[1:] + edges[:-1]) / 2) / strata
     p, importance = rate(method, u.view(1, -1), n, table, eps)
     a, du = (importance / p).flatten() / n, edges.diff().repeat(strata) / strata
-    second = given_t = 0  # E[l l] and E_t[E[l|t] E[l|t]], in units of V V^T
-    means = []
+    second, given_t, means = 0, 0, []  # E[l l], E_t[E[l|t] E[l|t]] in units of V V^T; E[l] in V
     for p, a, du in zip(p.flatten().tolist(), a, du):
         one = mask_probabilities(method, p, n)
         product, independent = one.diag(), torch.outer(one, one)
@@ -493,7 +487,7 @@ def exact_variance(method, K, K_mean, n, table=None, eps=1e-3, batch_size=64, n_
         second = second + du * a**2 * product
         given_t = given_t + du * a**2 * independent
         means.append(du * a * one)
-    means = torch.stack(means).view(strata, n_rates, -1).sum(1)  # by stratum
+    means = torch.stack(means).view(strata, n_rates, -1).sum(1)  # of each stratum
     square = torch.outer(means.sum(0), means.sum(0))
     A = ((second - given_t) * K).sum()
     B = ((given_t - square) * K).sum() - ((strata * means.T @ means - square) * K_mean).sum()
@@ -507,23 +501,21 @@ def exact_variance(method, K, K_mean, n, table=None, eps=1e-3, batch_size=64, n_
 
 @torch.no_grad()
 def generate(model, x, pos, steps=None, temperature=0.0, order="confidence", generator=None):
-    """Fill in the mask tokens of x (S, B, T) at pos (n,), and yield x after every step. A step
-    predicts all of them and keeps some: the surest ("confidence"), the first ("left") or any
-    ("random"). steps=None keeps one a step, and so does an ARM, from left to right."""
+    """Fill in the mask tokens of x (S, B, T) at pos (n,), in n or fewer steps; yield x after each.
+    A step predicts all and keeps the surest ("confidence"), first ("left") or any ("random")."""
     n, causal, mask_id = len(pos), model.config.causal, model.config.vocab_size
     order, steps = ("left", n) if causal else (order, min(steps or n, n))
     for step in range(steps):
         logits = model(x[..., :-1], pos - 1) if causal else model(x, pos)
-        noisy = logits
-        if temperature > 0:  # with Gumbel noise the argmax is a sample of softmax(logits / temp.)
-            noise = torch.rand(logits.shape, generator=generator, device=x.device).clamp(min=1e-20)
-            noisy = logits / temperature - (-noise.log()).log()
-        token = noisy.argmax(-1)
-        if order == "confidence":
-            score = logits.log_softmax(-1).gather(-1, token[..., None])[..., 0]
-        elif order == "left":
-            score = -pos.float().expand(token.shape)
+        if temperature > 0:
+            p = (logits / temperature).softmax(-1).flatten(0, -2)
+            token = p.multinomial(1, generator=generator).view(logits.shape[:-1])
         else:
+            token = logits.argmax(-1)
+        score = logits.log_softmax(-1).gather(-1, token[..., None])[..., 0]
+        if order == "left":
+            score = -pos.float().expand(token.shape)
+        if order == "random":
             score = torch.rand(token.shape, generator=generator, device=x.device)
         masked = x[..., pos] == mask_id
         n_keep = (masked.sum(-1, keepdim=True) / (steps - step)).ceil()  # the last step leaves none
@@ -537,27 +529,25 @@ def demo():
     """Equation (3) for an untrained model on 16 toy sequences: six digits and four sums of them."""
     draw = torch.Generator().manual_seed(0)
     x0 = torch.randint(10, (16, 10), generator=draw)
-    x0[:, 6:] = (x0[:, :4] + x0[:, 2:6]) % 10
-    pos, n = torch.arange(6, 10), 4
-    model, arm = (GPT(GPTConfig(10, 10, causal=c), [draw.manual_seed(1)]) for c in (False, True))
+    x0[:, 6:], pos, n = (x0[:, :4] + x0[:, 2:6]) % 10, torch.arange(6, 10), 4
+    arm, model = (GPT(GPTConfig(10, 10, causal=c), [draw.manual_seed(1)]) for c in (True, False))
     K_arm, K_mdm = grams(arm, x0, pos), grams(model, x0, pos)
     pilot = measure_counts(model, x0[None], pos, torch.rand(1, 16, n, n, generator=draw))
     table = ppots_table(*pilot, n)
 
     print("Variance per sequence, exact over all masks and rates; in the last column over mdm's.\n")
-    print(f"{'':21}{'loss':^36}{'gradient':^36}")
-    print(f"{'method':15}passes" + f"{'A':>9}{'B':>9}{'C':>9}{'total':>9}" * 2 + f"{'ratio':>8}")
+    print(f"{'':21}{'loss':^36}{'gradient':^36}\n{'method':15}passes", end="")
+    print(f"{'A':>9}{'B':>9}{'C':>9}{'total':>9}" * 2 + f"{'ratio':>9}")
     for method in "mdm arm ppots mirror ppots_mirror multi2 strats exactk exactk_mirror".split():
-        K = K_arm if method == "arm" else K_mdm
-        loss, gradient = (exact_variance(method, *pair, n, table) for pair in K)
+        pairs = K_arm if method == "arm" else K_mdm
+        loss, gradient = (exact_variance(method, *pair, n, table) for pair in pairs)
         plain = gradient["total"] if method == "mdm" else plain
-        values = [*loss.values(), *gradient.values()]
-        line = f"{method:15}{n_masks(method):^6}" + "".join(f"{v:9.3g}" for v in values)
-        print(line + f"{gradient['total'] / plain:8.3f}")
+        values = [*loss.values(), *gradient.values(), gradient["total"] / plain]
+        print(f"{method:15}{n_masks(method):^6}" + "".join(f"{value:9.3g}" for value in values))
 
     epsilons = [1e-2, 1e-3, 1e-4, 1e-5, 1e-6]
-    print("\nThe loss's total as eps -> 0: mdm's grows like log(1/eps), the others' settle.\n")
-    print(f"{'eps':21}" + "".join(f"{eps:9.0e}" for eps in epsilons))
+    print("\nThe loss's total as eps -> 0: mdm's grows like log(1/eps), the others' settle.")
+    print(f"\n{'eps':21}" + "".join(f"{eps:9.0e}" for eps in epsilons))
     for method, fit in [("mdm", ""), ("ppots", "epr"), ("ppots", "grid"), ("exactk", "")]:
         line = f"{method + ' ' + fit:21}"
         for eps in epsilons:

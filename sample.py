@@ -3,10 +3,7 @@
     python sample.py --method=ppots_mirror --seed=42 --prompt="123+456="
     python sample.py --method=mdm --prompt="123+456=" --show                watch it unmask
     python sample.py --method=mdm --prompt="123+456=_5_9"                   fill in what _ marks
-    python sample.py --method=arm --file=prompts.txt                        one prompt per line
-
-Text (a model trained with --dataset=shakespeare_char or a file):
-
+    # with text (train.py --dataset=shakespeare_char):
     python sample.py --method=mdm --temperature=0.8 --steps=16              four tokens a step
     python sample.py --method=mdm --prompt="ROMEO:" --temperature=0.8       go on from a beginning
     python sample.py --method=mdm --prompt="KING ____:" --order=random      fill in, as no ARM can
@@ -25,8 +22,8 @@ from data.text import Vocabulary
 
 
 def parse_args(argv=None):
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("sample.py", None, __doc__, formatter_class=formatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("sample.py", None, __doc__, formatter_class=raw)
     parser.error = fail
     add = parser.add_argument
     add("--out_dir", default="out", help="where train.py wrote its checkpoints [out]")
@@ -38,17 +35,16 @@ def parse_args(argv=None):
     add("--length", type=int, help="text: tokens shown (default: a block, or a prompt with gaps)")
     add("--steps", type=int, help="fewer than tokens: several at once (default: one a step)")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest, 1 samples [0]")
-    add("--order", choices=["confidence", "random", "left"], default="confidence", help="what first")
+    orders = ["confidence", "random", "left"]
+    add("--order", choices=orders, default=orders[0], help="what to fill in first [confidence]")
     add("--sample_seed", type=int, default=0, help="of --temperature and --order=random [0]")
     add("--show", action="store_true", help="show every step, animated in a terminal")
     add("--device", default="auto", help="cpu, cuda, mps or auto [auto]")
     args = parser.parse_args(argv)
-    if not all(n is None or n >= 1 for n in (args.steps, args.length)):
-        fail("--steps and --length must be at least 1")
-    if not 0 <= args.temperature < 1e9 or not 0 <= args.sample_seed < 2**63:
-        fail("--temperature and --sample_seed must be at least 0, and no infinity")
-    if len(args.mask_char) != 1:
-        fail(f"--mask_char must be one character, not '{args.mask_char}'")
+    counts = [n for n in (args.steps, args.length) if n is not None]
+    wrong = min(counts, default=1) < 1 or min(args.temperature, args.sample_seed) < 0
+    if wrong or len(args.mask_char) != 1:
+        fail("--steps and --length start at 1, others at 0, and --mask_char is one character")
     if args.file:
         try:
             with open(args.file, encoding="utf-8-sig") as f:
@@ -59,36 +55,34 @@ def parse_args(argv=None):
 
 
 def load_model(out_dir, method, seed=None, device="cpu"):
-    """One seed's model, with S = 1: (model, its vocabulary, its settings)."""
+    """One seed's model, with S = 1: (model, its vocabulary, its data set's name)."""
     saved = machine.find_checkpoint(out_dir, method, seed)
     row = saved["seeds"].index(seed) if seed is not None else 0
     weights = {k: v[row : row + 1] for k, v in saved["state"]["model"].items()}
     vocabulary, T = Vocabulary(**saved["vocabulary"]), weights["wpe"].shape[1]
-    shape = [saved[k] for k in ("n_layer", "n_head", "n_embd")]
-    config = mdm.GPTConfig(len(vocabulary), T, *shape, causal="arm" in method)
-    model = mdm.GPT(config, [torch.Generator()])
+    shape = len(vocabulary), T, saved["n_layer"], saved["n_head"], saved["n_embd"], "arm" in method
+    model = mdm.GPT(mdm.GPTConfig(*shape), [torch.Generator()])
     model.load_state_dict(weights)
-    return model.to(device), vocabulary, saved
+    return model.to(device), vocabulary, saved["dataset"]
 
 
 def encode(vocabulary, prompt, mask_char):
     """Token ids of a prompt, the mask token's wherever it has a mask_char."""
+    ids = []
     try:
-        ids = []
         for part in prompt.split(mask_char):
             ids += [len(vocabulary), *vocabulary.encode(part)]
-        return ids[1:]
     except ValueError as e:
         fail(f"prompt '{prompt}': {e}")
+    return ids[1:]
 
 
 def problem(data, ids, prompt):
     """Arithmetic: T token ids, the missing rest of the response masked."""
     T, mask_id = data.test.shape[1], len(data.vocabulary)
-    example = data.decode(data.test[0, : data.prompt_len])
     if not data.prompt_len <= len(ids) <= T or mask_id in ids[: data.prompt_len]:
-        fail(f"prompt '{prompt}': {data.name} wants {data.prompt_len} characters without gaps, "
-             f"like {example}, or up to {T} with some of the answer")
+        example = data.decode(data.test[0, : data.prompt_len])
+        fail(f"prompt '{prompt}' is not like {example}, or that with a part of the answer")
     return ids + [mask_id] * (T - len(ids))
 
 
@@ -104,30 +98,28 @@ def passage(model, vocabulary, ids, prompt):
 
 
 def show(rows, above):
-    """Print the rows, over the `above` lines printed before. Returns how many lines it made."""
+    """Print the rows, over the `above` lines printed before. Returns how many lines they took."""
     text = "\n".join(rows)
-    print(f"\x1b[{above}A\x1b[J{text}" if above else text, flush=True)
     time.sleep(0.05 if above else 0)
+    print(f"\x1b[{above}A\x1b[J{text}" if above else text, flush=True)
     return text.count("\n") + 1
 
 
 def main(argv=None):
     args = parse_args(argv)
     method, device = train.parse_method(args.method), machine.pick_device(args.device)
-    model, vocabulary, saved = load_model(args.out_dir, method, args.seed, device)
-    prompts, T = args.prompt, model.config.block_size
+    model, vocabulary, dataset = load_model(args.out_dir, method, args.seed, device)
+    prompts = args.prompt or [""]
     ids = [encode(vocabulary, prompt, args.mask_char) for prompt in prompts]
-    if saved["dataset"] in arith.DATASETS:
-        data = arith.make(saved["dataset"])
+    if dataset in arith.DATASETS:
+        data = arith.make(dataset)
         rows = [problem(data, *pair) for pair in zip(ids, prompts)]
-        begin, first, end = data.prompt_len, 0, T
+        begin, first, end = data.prompt_len, 0, model.config.block_size
     else:
-        prompts, ids = prompts or [""], ids or [[]]
         rows = [passage(model, vocabulary, *pair) for pair in zip(ids, prompts)]
         gaps = all(len(vocabulary) in row for row in ids)
-        begin, first, end = 1, 1, 1 + min(args.length or (max(map(len, ids)) if gaps else T), T - 1)
-    if not rows:
-        fail('no prompt: give --prompt="..." or --file=...')
+        length = args.length or (max(map(len, ids)) if gaps else 10**9)
+        begin, first, end = 1, 1, min(1 + length, len(rows[0]))
 
     def lines(x):
         return [vocabulary.decode(row[first:end], args.mask_char) for row in x[0].tolist()]
@@ -135,19 +127,13 @@ def main(argv=None):
     x = torch.tensor([rows], device=device)
     masked = x[0, :, begin:end] == len(vocabulary)
     pos = torch.arange(begin, end, device=device)[masked.any(0)]
-    most, passes, began, above = int(masked.sum(1).max()), 0, time.perf_counter(), 0
+    above = show(lines(x), 0) if args.show else 0
     generator = torch.Generator(device).manual_seed(args.sample_seed)
-    steps = min(args.steps or most, most)
-    if args.show:
-        above = show(lines(x), 0)
-    for x in mdm.generate(model, x, pos, steps, args.temperature, args.order, generator):
-        passes += 1
+    for x in mdm.generate(model, x, pos, args.steps, args.temperature, args.order, generator):
         if args.show:
             above = show(lines(x), above if sys.stdout.isatty() else 0)
     if not args.show:
         show(lines(x), 0)
-    print(f"{masked.sum() / len(rows):g} tokens a sequence in {passes} forward passes, "
-          f"{time.perf_counter() - began:.2f} s", file=sys.stderr)
     return 0
 
 

@@ -5,7 +5,6 @@
     python train.py --method=mdm,mdm_batch2,multi2,mirror  MIRROR beside controls of its compute
     python train.py --n_seeds=32 --out_dir=out32           32 seeds, trained as one batch
     python train.py --resume                               go on where the same command stopped
-    python train.py --variance                             and measure each method's variance
     python train.py --dataset=shakespeare_char             text; or --dataset=FILE for any of yours
     python train.py --report --out_dir=out32               tables and figures of what is there
     torchrun --nproc_per_node=2 train.py --n_seeds=32      share the seeds over processes or GPUs
@@ -46,7 +45,6 @@ SETTINGS = [  # name, default, the reason for it (its --help) and, for a number,
     ("n_train", 0, "for scarce data: take only so many training problems (0: all)", 0, 1e9),
     ("tokenizer", "char", "text: char, or a tiktoken encoding such as gpt2"),
     ("block_size", 64, "text: tokens per sequence, given one before them", 1, 1e6),
-    # training
     ("steps", 2000, "optimizer steps: the ARM solves add3, MDM seeds still disagree", 1, 1e9),
     ("batch_size", 64, "sequences per step and seed", 1, 1e6),
     ("lr", 3e-3, "peak learning rate, after 100 steps of warm-up; then linearly to 0", 0, 1e3),
@@ -55,7 +53,6 @@ SETTINGS = [  # name, default, the reason for it (its --help) and, for a number,
     ("eps", 1e-3, "smallest masking rate, as in LLaDA; keeps the plain variance finite", 0, 0.9),
     ("init_from", "", "fine-tune: another run's out_dir; from the first seed of its arm or mdm"),
     ("until_nll", 0.0, "end a method at the first evaluation with a mean nll this low", 0, 1e9),
-    # model
     ("n_layer", 2, "transformer blocks; two suffice for carries", 1, 1e3),
     ("n_head", 4, "attention heads", 1, 1e3),
     ("n_embd", 64, "width; enough to solve add3 in seconds a seed", 1, 1e5),
@@ -63,7 +60,6 @@ SETTINGS = [  # name, default, the reason for it (its --help) and, for a number,
     ("ppots_refits", 10, "P-POTS: measurements of the curve, which moves in training", 1, 1e4),
     ("ppots_budget", 0.01, "P-POTS: share of the arithmetic that these cost", 1e-9, 1),
     ("isad_tokens", "", "ISAD: its rare tokens (default: separators; text: the rarest 5 %%)"),
-    # evaluation, files, machine
     ("eval_every", 250, "steps between evaluations, after which all is saved", 1, 1e9),
     ("out_dir", "out", "where results and checkpoints go"),
     ("resume", False, "go on from --out_dir's checkpoints, to the same numbers"),
@@ -72,6 +68,7 @@ SETTINGS = [  # name, default, the reason for it (its --help) and, for a number,
     ("baseline", "mdm", "the method that --report compares all others with"),
     ("device", "auto", "cpu, cuda, cuda:1, mps; auto takes the best there is"),
 ]
+TEXT_SETTINGS = {"n_layer": 4, "n_embd": 128, "batch_size": 12}  # defaults for text, nanoGPT's
 PAPER_SEEDS = [42, 731, 20231]
 WORDS = "ppots exactk clipped isad strats mirror multi2 syrm ema batch2 steps2".split()
 CONFLICTS = ["ppots exactk", "ppots clipped", "exactk clipped", "exactk isad", "batch2 steps2"]
@@ -88,11 +85,14 @@ def parse_args(argv=None):
             kind = {"type": type(default), "metavar": type(default).__name__, "default": default}
         parser.add_argument(f"--{name}", help=f"{why} [{default}]" if default else why, **kind)
     cfg = parser.parse_args(argv)
+    if cfg.dataset not in arith.DATASETS:
+        parser.set_defaults(**TEXT_SETTINGS)
+        cfg = parser.parse_args(argv)
     for name, default, _, *limits in SETTINGS:
         if limits and not limits[0] <= getattr(cfg, name) <= limits[1]:
             fail(f"--{name}={getattr(cfg, name)} is not from {limits[0]} to {limits[1]}")
-    if cfg.n_embd % cfg.n_head:
-        fail(f"--n_embd={cfg.n_embd} is no multiple of --n_head={cfg.n_head}")
+    if cfg.n_embd % (2 * cfg.n_head):
+        fail(f"--n_embd={cfg.n_embd} is no multiple of twice --n_head={cfg.n_head}")
     cfg.baseline = parse_method(cfg.baseline)
     methods = [parse_method(name) for name in cfg.method.split(",")]
     return cfg, list(dict.fromkeys(methods)), parse_seeds(cfg)
@@ -188,10 +188,9 @@ def build(cfg, method, seeds, data, device):
 def train(cfg, method, seeds, data, device="cpu", state=None):
     """Train one method for all seeds at once; yield the state after every evaluation.
 
-    state: an earlier one to go on from, or {"model": weights} to start with. Its "curve" is a list of
-    {"step", "loss", "nll", ...} with a number for each seed, "diverged" (S,) the step from which on
-    a seed gets no gradient, as its loss or gradient was not finite, "clipped" (S,) how many of its
-    gradients were clipped.
+    state: an earlier one to go on from, or {"model": weights} to start with. "curve" is a list of
+    {"step", "loss", "nll", ...} with a number for each seed; "diverged" (S,) the step at which its
+    loss or gradient was not finite, after which it gets none; "clipped" (S,) counts clipped ones.
     """
     model, pos = build(cfg, method, seeds, data, device)
     params, n = list(model.parameters()), len(pos)
@@ -250,15 +249,14 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
             scores = evaluate(model, data, None if step == steps or cfg.until_nll else 128)
             point = {"step": step, "loss": (loss_sum / (step - state["step"])).tolist(), **scores}
             good = sum(point["nll"]) <= cfg.until_nll * len(seeds)
-            done = step == steps or good or bool(diverged.all())
             state |= {
-                "step": step, "done": done, "curve": [*state["curve"], point], "table": table,
+                "step": step, "done": step == steps or good or bool(diverged.all()), "table": table,
                 "model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema,
-                "diverged": diverged, "clipped": clipped,
+                "diverged": diverged, "clipped": clipped, "curve": [*state["curve"], point],
                 "seconds": state["seconds"] + time.perf_counter() - began,
             }
             yield state
-            if done:
+            if state["done"]:
                 break
             loss_sum, began = zero, time.perf_counter()
 
@@ -301,11 +299,9 @@ def measure_table(cfg, seeds, model, train_x, pos, step, X):
 @torch.no_grad()
 def evaluate(model, data, n_nll=None):
     """{"nll", "nll_se"} and, for arithmetic, "accuracy": lists of one number per seed.
-
-    nll: nats per response token on n_nll test sequences (None: all), with its standard error over
-    them; for an MDM the bound, by 8 exact counts a sequence, one from each eighth of 1..n.
-    accuracy: the share of whole responses that are right, decoded greedily, one token a step.
-    """
+    nll: nats per response token on n_nll test sequences (None: all), with its standard error; of an
+    MDM the bound, by 8 exact counts a sequence, one from each eighth of 1..n. accuracy: the share
+    of whole responses that are right, decoded greedily, one token a step."""
     device, S, V = model.wte.device, len(model.wte), model.config.vocab_size
     test, n_nll = data.test.to(device), min(n_nll or len(data.test), len(data.test))
     pos = torch.arange(data.prompt_len, test.shape[1], device=device)
@@ -341,7 +337,7 @@ def evaluate(model, data, n_nll=None):
 def description(cfg, method, seeds, data):
     """What a run must agree with to go on from a checkpoint."""
     names = [name for name, *_ in SETTINGS[3:-6]]  # those that training depends on
-    others = [word for word in ("ppots", "isad") if word not in method]  # with settings of their own
+    others = [word for word in ("ppots", "isad") if word not in method]  # have settings too
     settings = {name: getattr(cfg, name) for name in names if name.split("_")[0] not in others}
     vocabulary = dataclasses.asdict(data.vocabulary)
     return settings | {"seeds": seeds, "data": data.fingerprint, "vocabulary": vocabulary}
@@ -374,12 +370,11 @@ def save_results(cfg, method, seeds, data, state, device):
     B = cfg.batch_size * (2 if "batch2" in method else 1)
     tokens = (state["step"] * B * mdm.n_masks(method) + state["pilot"]) * data.test.shape[1]
     settings = description(cfg, method, seeds, data) | {"steps": state["steps"], "batch_size": B}
-    del settings["seeds"], settings["vocabulary"]
+    del settings["seeds"], settings["vocabulary"], settings["data"]
     for s, seed in enumerate(seeds):
-        curve = []
-        for point in state["curve"]:
-            curve.append({k: v if k == "step" else v[s] for k, v in point.items()})
-        scores = {k: curve[-1][k] for k in ("accuracy", "nll", "nll_se") if k in curve[-1]}
+        curve = [{k: v[s] for k, v in point.items() if k != "step"} for point in state["curve"]]
+        scores = {k: v for k, v in curve[-1].items() if k != "loss"}
+        curve = [{"step": at["step"], **point} for at, point in zip(state["curve"], curve)]
         if isinstance(data, text.Text):
             scores["bits_per_char"] = scores["nll"] / data.chars_per_token / math.log(2)
         line = {
@@ -412,15 +407,11 @@ def main(argv=None):
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")  # one process speaks for all
     try:
-        with machine.lock(cfg.out_dir):
+        with machine.lock(cfg.out_dir), machine.enough_memory():
             return compare(cfg, methods, seeds, data, device) if seeds else 0
     except KeyboardInterrupt:
         print("\nstopped; the same command with --resume goes on from the last line")
         return 130
-    except (RuntimeError, MemoryError) as e:
-        if not any(word in f"{e!r}".lower() for word in ("memory", "overflow")):
-            raise
-        fail("out of memory: lower --n_seeds, --batch_size, --n_embd, --n_layer or --block_size")
 
 
 def compare(cfg, methods, seeds, data, device):
@@ -433,27 +424,23 @@ def compare(cfg, methods, seeds, data, device):
     for method, state in states.items():
         rest = () if state.get("done") else train(cfg, method, seeds, data, device, state)
         for state in rest:
-            content = description(cfg, method, seeds, data)
-            content |= {"version": machine.VERSION, "state": state}
-            path = machine.checkpoint_path(cfg.out_dir, method)
-            machine.write(path, lambda name: torch.save(content, name))
-
+            content = description(cfg, method, seeds, data) | {"state": state}
+            machine.save_checkpoint(cfg.out_dir, method, content)
             left[method] = n_passes(method) * (1 - state["step"] / state["steps"])
             elapsed, todo = time.perf_counter() - began, sum(left.values())
             eta, point = int(elapsed * todo / (at_first - todo)), state["curve"][-1]
             line = f"{method:>20} step {state['step']:>5}/{state['steps']}"
-            for name in [name for name in ("loss", "accuracy", "nll") if name in point]:
+            for name in sorted({"loss", "accuracy", "nll"} & set(point)):
                 line += f"  {name} " + " ".join(f"{value:.2f}" for value in point[name][:4])
             print(f"{line}  ETA {eta // 60}:{eta % 60:02}", flush=True)
         left[method] = 0
         results[method] = save_results(cfg, method, seeds, data, state, device)
 
     print("\n" + report.table(results, seeds) + "\n\n" + report.verdict(results))
-    out_dir, prompt = shlex.quote(cfg.out_dir), ""
-    if isinstance(data, arith.Arithmetic):
-        prompt = f' --prompt="{data.decode(data.test[0, : data.prompt_len])}"'
-    print(f"More of it: python train.py --report --out_dir={out_dir}")
-    print(f"Ask it: python sample.py --out_dir={out_dir} --method={methods[-1]} --show{prompt}")
+    out_dir, prompt = shlex.quote(cfg.out_dir), data.decode(data.test[0, : data.prompt_len])
+    prompt = f" --prompt={prompt}" * isinstance(data, arith.Arithmetic)
+    print(f"More of it: python train.py --report --out_dir={out_dir}\nAsk it: python sample.py "
+          f"--out_dir={out_dir} --method={methods[-1]} --show{prompt}")
     if cfg.variance:
         variance.measure(cfg, methods, seeds[:1], data, device, build)
     return 0

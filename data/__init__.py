@@ -1,4 +1,4 @@
-"""The data sets: `data.load(name)` gives an arith.Arithmetic or a text.Text, which offer the same."""
+"""The data sets: `data.load(name)` is an arith.Arithmetic or a text.Text, which offer the same."""
 
 
 def load(name, block_size=64, tokenizer="char", n_train=0):

@@ -32,7 +32,6 @@ class Arithmetic:
     train: torch.Tensor  # (N_train, T) int64 token ids
     test: torch.Tensor  # (N_test, T)
     prompt_len: int  # the response is tokens prompt_len ... T-1
-    chars_per_token = 1.0
 
     def __post_init__(self):
         self.encode, self.decode = self.vocabulary.encode, self.vocabulary.decode

@@ -71,8 +71,24 @@ def lock(out_dir):
         yield
 
 
+@contextlib.contextmanager
+def enough_memory():
+    """Say in one line when there is not."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:  # of the CPU's torch makes no error of its own kind
+        if not any(word in f"{e!r}".lower() for word in ("memory", "overflow")):
+            raise
+        fail("out of memory: lower --n_seeds, --batch_size, --n_embd, --n_layer or --block_size")
+
+
 def checkpoint_path(out_dir, method):
     return os.path.join(out_dir, method, f"ckpt{SHARE}.pt")
+
+
+def save_checkpoint(out_dir, method, content):
+    content = content | {"version": VERSION}
+    write(checkpoint_path(out_dir, method), lambda name: torch.save(content, name))
 
 
 def load_checkpoint(path):

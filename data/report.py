@@ -302,6 +302,5 @@ def strips(results):
         ax.plot(interval(mean, a), [y, y], color="black", lw=1.5)
         ax.plot(a.mean(), y, "D", color="white", mec="black", ms=5)
     ax.set_yticks(range(len(rows)), [f"{name} ({passes})" for name, passes, _ in rows])
-    ax.set_xlabel(f"final {score(results)}: a dot per seed, their mean and its 95 % interval")
-    ax.set_ylabel("method (forward passes a step)")
+    ax.set_xlabel(f"final {score(results)} by method (passes a step): seeds, mean, 95 % interval")
     return figure

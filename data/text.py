@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-SHAKESPEARE = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-)
+CHAR_RNN = "https://raw.githubusercontent.com/karpathy/char-rnn/master/"
+SHAKESPEARE = CHAR_RNN + "data/tinyshakespeare/input.txt"
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 N_TEST = 512  # validation blocks, spread evenly over the validation text
 
@@ -80,7 +79,8 @@ class Text:
 
     def describe(self):
         sample = self.decode(self.stream[:40])
-        return f"{len(self.stream):,} training tokens, {len(self.vocabulary)} kinds, as in {sample!r}"
+        kinds = len(self.vocabulary)
+        return f"{len(self.stream):,} training tokens, {kinds} different ones, such as {sample!r}"
 
 
 def bpe(name):
@@ -95,48 +95,43 @@ def bpe(name):
     try:
         return tiktoken.get_encoding(name)
     except Exception:  # whatever the network has to offer
-        raise ValueError(f"--tokenizer={name} cannot be downloaded: copy tiktoken's cache from another "
-                         "machine, and set TIKTOKEN_CACHE_DIR to it") from None
+        raise ValueError(f"--tokenizer={name} cannot be downloaded: copy tiktoken's cache from "
+                         "another machine and set TIKTOKEN_CACHE_DIR to it") from None
 
 
 def tokenize(path, tokenizer):
-    """The whole file as (Vocabulary, token ids (N,) of the smallest dtype that holds them). Raises
-    ValueError for what cannot be read."""
+    """The whole file as (Vocabulary, token ids (N,)). Raises ValueError."""
     try:
         with open(path, encoding="utf-8-sig") as f:
             content = f.read()
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8 text ({e.reason}): convert it first") from None
     except OSError as e:
-        raise ValueError(f"cannot read {path}: {e.strerror or e}") from None
+        raise ValueError(f"no data set, and no file, {path}: {e.strerror}") from None
     if tokenizer == "char":
         tokens = np.frombuffer(content.encode("utf-32-le"), dtype="<u4")
     else:
         tokens = np.array(bpe(tokenizer).encode_ordinary(content), dtype=np.int32)
     items, ids = np.unique(tokens, return_inverse=True)
-    dtype = np.uint8 if len(items) <= 256 else np.int32
     items = [chr(i) for i in items] if tokenizer == "char" else items.tolist()
-    return Vocabulary(tokenizer, items), ids.astype(dtype)
+    return Vocabulary(tokenizer, items), ids.astype(np.uint8 if len(items) <= 256 else np.int32)
 
 
 def make(path, block_size, tokenizer="char", name=None):
     """The Text in a file. Raises ValueError for one that cannot be read or is too short."""
-    if not os.path.isfile(path):
-        raise ValueError(f"no data set and no file is called {path}")
     vocabulary, ids = tokenize(path, tokenizer)
     T, n = block_size + 1, len(ids)
     if n < 10 * T + 10 or len(vocabulary) < 2:
-        raise ValueError(f"{path} has {n} tokens, {len(vocabulary)} different ones; --block_size="
-                         f"{block_size} needs {10 * T + 10} and 2 at least")
+        raise ValueError(f"{path} has {n} tokens, {len(vocabulary)} different; a --block_size of "
+                         f"{block_size} needs {10 * T + 10} and 2")
     split = int(0.9 * n)
     test = torch.from_numpy(ids[split:]).unfold(0, T, block_size)  # each token is asked for once
     spread = torch.linspace(0, len(test) - 1, min(N_TEST, len(test))).round().long()
     test = test[spread].long()
     counts = np.bincount(ids[:split], minlength=len(vocabulary))
-    chars = vocabulary.decode(test[:, 1:].flatten())
-    stream, checksum = torch.from_numpy(ids[:split]), zlib.crc32(ids)
-    per_token = len(chars) / test[:, 1:].numel()
-    return Text(name or path, vocabulary, stream, test, counts, per_token, checksum)
+    per_token = len(vocabulary.decode(test[:, 1:].flatten())) / test[:, 1:].numel()
+    stream = torch.from_numpy(ids[:split])
+    return Text(name or path, vocabulary, stream, test, counts, per_token, zlib.crc32(ids))
 
 
 def shakespeare(directory=os.path.dirname(os.path.abspath(__file__))):

@@ -21,11 +21,11 @@ def sampled_variance(model, x0, pos, method, generator, table=None, eps=1e-3, is
     """A, B, C and total per sequence, of (loss, gradient): two dictionaries with an estimate and,
     for each "A", an "A_error". Unbiased for any length; not for strats. is_rare (X, n) for isad.
 
-    For each of x0 (X, T): 2 sets of 8 rates, and 2 masks for each rate. Plain draws hardly ever meet
-    the rare large losses at small t, and do not show it; so these are sought out. Half of the u come
-    from a density ~ 1/(u + eps), and a random token of the first mask is always hidden. Then a mask
-    of k tokens comes up k / E[k] times as often as it should; its weight E[k] / k turns the 1/t of
-    the loss into a harmless 1/k.
+    For each of x0 (X, T): 2 sets of 8 rates, and 2 masks for each rate. Plain draws hardly ever
+    meet the rare large losses at small t, and do not show it; so these are sought out. Half of the
+    u come from a density ~ 1/(u + eps), and a random token of the first mask is always hidden. Then
+    a mask of k tokens comes up k / E[k] times as often as it should; its weight E[k] / k turns the
+    1/t of the loss into a harmless 1/k.
     """
     n, rows, shift = len(pos), ([], []), max(eps, 1e-4)
     span = math.log(1 + 1 / shift)
@@ -47,7 +47,8 @@ def sampled_variance(model, x0, pos, method, generator, table=None, eps=1e-3, is
             mask, weight = mdm.draw_masks(method, u, r, table, eps, rare)
             often = mask[0, 0].sum(-1) / p[0].sum(-1)  # k / E[k]
         flat = [z.flatten(0, 2).to(x.device) for z in (mask, weight)]
-        for row, V in zip(rows, mdm.sample_gradients(model, x.expand(len(flat[0]), -1), pos, *flat)):
+        parts = mdm.sample_gradients(model, x.expand(len(flat[0]), -1), pos, *flat)
+        for row, V in zip(rows, parts):
             V = V.cpu().view(len(mask), 2, 8, 2, -1)
             row.append(moments(V[0] / often.view(2, 8, 2, 1), V.mean(0), 1 / density))
     return tuple(components(row) for row in rows)
@@ -82,8 +83,8 @@ def components(rows):
 
 
 def measure(cfg, methods, seeds, data, device, build):
-    """Print a table at the initial weights and one at the trained plain MDM's (an ARM's at its own),
-    on held-out data; write OUT_DIR/variance.jsonl. seeds: a list of one; build: train.py's."""
+    """Print a table at the initial weights, and one at the trained plain MDM's (an ARM's at its
+    own), on held-out data; write OUT_DIR/variance.jsonl. seeds: one; build: train.py's."""
     seed = seeds[0]
     methods = [m for m in dict.fromkeys(["arm"] * ("arm" in methods) + METHODS + methods)]
     methods = [m for m in methods if "ema" not in m and "steps2" not in m]  # a step is the same
@@ -119,7 +120,7 @@ def measure(cfg, methods, seeds, data, device, build):
 
 
 def row_of(cfg, method, model, data, pos, seed, known):
-    """(loss, gradient) of a method. known: the Gram matrices computed so far, by model and length."""
+    """(loss, gradient) of a method. known: the Gram matrices so far, by model and length."""
     n, ppots, factor = len(pos), None, 2 if "batch2" in method else 1
     x0 = data.test[:64].to(pos.device)
     generator = torch.Generator().manual_seed(seed)
@@ -140,7 +141,7 @@ def row_of(cfg, method, model, data, pos, seed, known):
 
 
 def table(rows):
-    """Text: A, B, C and total of loss and gradient, the latter's total over mdm's, and its error."""
+    """Text: A, B, C and total of loss and gradient, and the latter's total over mdm's."""
     base = next(row for row in rows if row["method"] == "mdm")["gradient"]["total"]
     head = f"{'A':>10}{'B':>10}{'C':>10}{'total':>10}"
     lines = [f"{'':28}{'loss':^40}{'gradient':^40}", f"{'method':22}passes{head * 2}{'ratio':>9}"]

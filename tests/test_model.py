@@ -12,8 +12,8 @@ POS = torch.arange(4, T)
 def make(causal=False, seeds=(1, 2, 3)):
     model = GPT(GPTConfig(V, T, n_embd=16, causal=causal), [torch.Generator().manual_seed(s) for s in seeds])
     with torch.no_grad():  # larger weights, so that what depends on what can be seen
-        for p in model.parameters():
-            p.mul_(5).add_(0.1)
+        for name, p in model.named_parameters():
+            p.mul_(10).add_(0.1 if "bias" in name else 0.0)
     return model
 
 
