@@ -161,8 +161,7 @@ class GPT(nn.Module):
 def token_nll(model, x0, pos, mask=None):
     """-log p of each response token in nats, (S, ..., n), for x0 (S, ..., T) and pos (n,).
     MDM: -log p(x0_i | xt), xt hiding what mask (S, ..., n) says; without meaning elsewhere, where
-    the loss multiplies it by zero. ARM: -log p(x0_i | x0_<i), from its logits at i - 1.
-    """
+    the loss multiplies it by zero. ARM: -log p(x0_i | x0_<i), from its logits at i - 1."""
     if model.config.causal:
         xt, at = x0[..., :-1], pos - 1
     else:
@@ -295,8 +294,9 @@ def mirror(r):
     ends: r and 1 - r, (2M, ..., n). p <= 1/2: no token is hidden twice; p >= 1/2: all are hidden.
 
     Each mask alone is an ordinary one, so the mean of both losses is unbiased. If rho is their
-    correlation given x0 and t, A becomes A/2 * (1 + rho); rho <= 0 if hiding one more token never
-    lowers H. Fair controls, of two passes too: `multi2` (two independent masks), batch2, steps2."""
+    correlation given x0 and t, A becomes A/2 * (1 + rho); for the loss rho <= 0 if one more hidden
+    token never lowers H. Fair controls of two passes: `multi2` (independent masks), batch2, steps2.
+    """
     return torch.cat([r, 1 - r])
 
 
@@ -393,7 +393,7 @@ def draw_masks(method, u, r, table=None, eps=1e-3, is_rare=None):
 
 
 def method_loss(model, x0, pos, mask, weight):
-    """x0 (S, B, T), pos (n,), mask and weight (M, S, B, n) -> the mean loss over M masks, (S, B)."""
+    """x0 (S, B, T), pos (n,), mask, weight (M, S, B, n) -> loss (S, B), its mean over the masks."""
     mask, weight = mask.transpose(0, 1), weight.transpose(0, 1)  # (S, M, B, n): one forward batch
     nll = token_nll(model, x0[:, None].expand(-1, mask.shape[1], -1, -1), pos, mask)
     return mdm_loss(nll, mask, weight).mean(1)
@@ -533,7 +533,7 @@ def demo():
     arm, model = (GPT(GPTConfig(10, 10, causal=c), [draw.manual_seed(1)]) for c in (True, False))
     K_arm, K_mdm = grams(arm, x0, pos), grams(model, x0, pos)
     pilot = measure_counts(model, x0[None], pos, torch.rand(1, 16, n, n, generator=draw))
-    table = ppots_table(*pilot, n)
+    table, plain = ppots_table(*pilot, n), None
 
     print("Variance per sequence, exact over all masks and rates; in the last column over mdm's.\n")
     print(f"{'':21}{'loss':^36}{'gradient':^36}\n{'method':15}passes", end="")
@@ -541,7 +541,7 @@ def demo():
     for method in "mdm arm ppots mirror ppots_mirror multi2 strats exactk exactk_mirror".split():
         pairs = K_arm if method == "arm" else K_mdm
         loss, gradient = (exact_variance(method, *pair, n, table) for pair in pairs)
-        plain = gradient["total"] if method == "mdm" else plain
+        plain = plain or gradient["total"]  # mdm comes first
         values = [*loss.values(), *gradient.values(), gradient["total"] / plain]
         print(f"{method:15}{n_masks(method):^6}" + "".join(f"{value:9.3g}" for value in values))
 

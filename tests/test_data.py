@@ -1,6 +1,5 @@
 """The arithmetic is right, the split is clean, and any text becomes what it should."""
 import io
-import sys
 import urllib.request
 
 import numpy as np
@@ -31,16 +30,19 @@ def test_data_set(name):
             sums = [sum(map(int, prompt[: i + 1])) % 10 for i in range(int(name[3:]))]
             assert [int(c) for c in response] == sums
     assert all(data.encode(data.decode(row)) == row.tolist() for row in data.test[:20])
-    assert [data.decode(data.train[0])[i] for i in data.structural] == [c for c in prompt if c in "+*="]
+    symbols = [i for i, char in enumerate(prompt) if char in "+*="]
+    assert data.structural == symbols
     assert data.decode(data.rare) == ("+=" if name == "mul2" else "")
     assert (arith.make(name, 100).train == data.train[:100]).all()
 
 
 def test_refusals():
-    for call, word in [(lambda: arith.make("add9"), "add9"), (lambda: arith.make("add2", 10**5), "9000"),
-                       (lambda: arith.make("add2").encode("12x"), "'x'")]:  # fmt: skip
-        with pytest.raises(ValueError, match=word):
-            call()
+    with pytest.raises(ValueError, match="add9"):
+        arith.make("add9")
+    with pytest.raises(ValueError, match="9000"):
+        arith.make("add2", 10**5)
+    with pytest.raises(ValueError, match="'x'"):
+        arith.make("add2").encode("12x")
 
 
 def test_mix3_keeps_clear_of_add3s_test_problems():
@@ -97,23 +99,13 @@ def test_bpe(tmp_path, monkeypatch):
         data.encode("Q")
 
 
-@pytest.mark.parametrize("content, message", [("", "0 tokens"), ("short", "5 tokens"), ("ab" * 84, "168"),
-                                              (b"\xff\xfe" * 500, "UTF-8"), ("aaaa" * 500, "1 different")])
-def test_hopeless_files(content, message, tmp_path):
-    with pytest.raises(ValueError, match=message) as e:
-        text.make(write(tmp_path / "a.txt", content), block_size=16)
-    assert "\n" not in str(e.value)
+HOPELESS = {"0 tokens": "", "168 tokens": "ab" * 84, "UTF-8": b"\xff", "1 different": "a" * 999}
 
 
-def test_unknown_tokenizers(monkeypatch):
-    with pytest.raises(ValueError, match="gpt2"):
-        text.bpe("nonsense")
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: 1 / 0)
-    with pytest.raises(ValueError, match="TIKTOKEN_CACHE_DIR"):
-        text.bpe("gpt2")
-    monkeypatch.setitem(sys.modules, "tiktoken", None)
-    with pytest.raises(ValueError, match="pip install tiktoken"):
-        text.bpe("gpt2")
+@pytest.mark.parametrize("message", HOPELESS)
+def test_hopeless_files(message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        text.make(write(tmp_path / "a.txt", HOPELESS[message]), block_size=16)
 
 
 def test_fetching_shakespeare(tmp_path, monkeypatch):

@@ -138,23 +138,20 @@ def test_unbiased_and_its_exact_variance_is_brute_force(method, toy):
             assert abs(got[part] - value) < error, (part, got, value)
 
 
-@pytest.mark.parametrize("method", ["strats", "ppots_strats_mirror", "exactk_strats"])
+@pytest.mark.parametrize("method", ["strats", "strats_mirror", "exactk_strats"])
 def test_strata_take_their_differences_off(method, toy):
     """The batch-size-4 variance from its definition: two strata, two draws in each."""
     model, x0, _, H, _ = toy
-    plain = method.replace("_strats", "").replace("strats", "mdm")
+    plain = method.replace("strats_", "").replace("_strats", "").replace("strats", "mdm")
     u, _ = nodes(plain)
     du, given_u, second = moments(plain, H)
-    stratum, variance = (u * 2).long(), 0.0
-    for j in (0, 1):
-        here = 2 * du * (stratum == j)
+    wanted = 0.0
+    for stratum in (0, 1):
+        here = 2 * du * ((u * 2).long() == stratum)
         mean = here @ given_u.mean(1)[:, 0]
-        variance += (here @ second.mean(1) - mean**2) / 2
+        wanted += (here @ second.mean(1) - mean**2).item() / 2
     got = exact(method, mdm.grams(model, x0, POS)[0], batch_size=4)["total"]
-    if "ppots" in method:  # whose cells the nodes do not share with the middle of (0,1]
-        assert got == pytest.approx(variance.item(), rel=5e-3)
-    else:
-        assert 0.5 in {0.5**j for j in range(14)} and got == pytest.approx(variance.item(), rel=1e-4)
+    assert got == pytest.approx(wanted, rel=1e-4)
 
 
 @pytest.mark.parametrize("method", BIASED)
@@ -167,14 +164,6 @@ def test_biased_methods_are_biased(method, toy):
         loss = mdm.mdm_loss(nlls[:, index(mask)], mask, weight).mean(1)  # (X, cases)
         got = got + du * (loss @ chance)
     assert (got - wanted).abs().max() > 1e-4 * wanted.abs().max()  # brute force is exact to 1e-9
-
-
-def test_isad_weighs_every_token_fully():
-    """What 1/q does achieve: a model that is blind to its context sees no bias."""
-    total = 0.0
-    for du, chance, mask, weight in outcomes("isad", torch.tensor([True, False, False])):
-        total = total + du * torch.einsum("c,mcn->n", chance, mask * weight)
-    torch.testing.assert_close(total, torch.ones(N).double(), rtol=1e-9, atol=0)
 
 
 def test_exact_counts_gain_by_never_drawing_the_empty_mask(toy):
@@ -211,7 +200,8 @@ def test_variance_of_the_plain_loss_grows_like_log_eps(toy):
     assert steps == pytest.approx(c * math.log(10), rel=2e-2)
     mass = torch.stack([second_moment(H, t) for t in mdm.CELLS.tolist()]).sqrt() * mdm.CELLS.sqrt()
     table = (mass / mass.sum())[None]
-    steps = np.diff([mdm.exact_variance("ppots", *K, N, table, 10.0**-e)["total"] for e in range(3, 7)])
+    totals = [mdm.exact_variance("ppots", *K, N, table, 10.0**-e)["total"] for e in range(3, 7)]
+    steps = np.diff(totals)
     assert (abs(steps) < 0.1 * c * math.log(10)).all() and abs(steps[-1]) < abs(steps[0])
 
 
@@ -219,7 +209,7 @@ def test_variance_of_the_plain_loss_grows_like_log_eps(toy):
 
 
 def test_pilot_measures_the_exact_curve(toy):
-    """Masks have exactly the counts asked for; E[l^2|t] is exact if each count sees all its masks."""
+    """Masks have exactly the counts asked for; if each sees all its masks, E[l^2|t] is exact."""
     model, x0, _, H, _ = toy
     r = torch.tensor(list(itertools.permutations([0.1, 0.5, 0.9]))).double()  # all ranks
     r = r[None, None, :, None].expand(1, X, -1, N, -1).reshape(1, X * 6, N, N)
@@ -243,12 +233,10 @@ def test_long_responses_are_interpolated_per_token():
 def test_ppots_weight_is_the_density_really_sampled(dtype, tolerance):
     """E[weight] = 1 (else the estimate is biased), t is sorted by u, from 0 to 1, and inside a cell
     the slope of t(u) is the weight."""
-    for table in (TABLE, torch.full((1, mdm.N_CELLS), 1 / mdm.N_CELLS).double()):
-        u, du = nodes("ppots")
-        t, weight = mdm.ppots_sample(u[None].to(dtype), table.to(dtype))
-        if table is TABLE:
-            assert (weight[0].double() @ du).item() == pytest.approx(1, abs=tolerance)
-        assert (t[0].diff() >= 0).all()
+    u, du = nodes("ppots")
+    t, weight = mdm.ppots_sample(u[None].to(dtype), TABLE.to(dtype))
+    assert (weight[0].double() @ du).item() == pytest.approx(1, abs=tolerance)
+    assert (t[0].diff() >= 0).all()
     ends, _ = mdm.ppots_sample(torch.tensor([[1e-9, 1.0]], dtype=dtype), TABLE.to(dtype))
     assert ends[0, 0] < 1e-10 and ends[0, 1] == 1.0
     for at in (0.1, 0.5, 0.9):
@@ -257,7 +245,7 @@ def test_ppots_weight_is_the_density_really_sampled(dtype, tolerance):
         assert ((t[0, 2] - t[0, 0]) / 2e-6).item() == pytest.approx(weight[0, 1].item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("true", [[1, -1, 0.5, 0, 1, 0.5], [-2, 2, -1, 1, 3, 0], [3, 1, 1.5, 0, -1, 2]])
+@pytest.mark.parametrize("true", [[1, -1, 0.5, 0, 1, 0.5], [-2, 2, -1, 1, 3, 0]])
 def test_epr_recovers_its_own_family(true):
     t, theta = torch.arange(1, 64).double() / 64, float64([true])
     p = mdm.epr(theta, t).softmax(-1)
@@ -277,10 +265,12 @@ def test_ppots_beats_uniform_rates(fit, toy):
     r = torch.rand(1, X * 64, N, N, generator=torch.Generator().manual_seed(1)).double()
     table = mdm.ppots_table(*mdm.measure_counts(model, x0[None].repeat(1, 64, 1), POS, r), N, fit)
     total = mdm.exact_variance("ppots", *K, N, table)["total"]
-    assert table.sum().item() == pytest.approx(1) and total < 0.9 * exact("mdm", K, eps=1e-3)["total"]
+    assert table.sum().item() == pytest.approx(1)
+    assert total < 0.9 * exact("mdm", K, eps=1e-3)["total"]
     if fit == "grid":  # and it is the optimum: any other table does worse
         for seed in range(5):
-            other = table * (1 + 0.3 * torch.rand(table.shape, generator=torch.Generator().manual_seed(seed)))
+            noise = torch.rand(table.shape, generator=torch.Generator().manual_seed(seed))
+            other = table * (1 + 0.3 * noise)
             assert total < mdm.exact_variance("ppots", *K, N, other / other.sum())["total"]
 
 
@@ -296,41 +286,24 @@ def test_no_rate_is_ever_given_up():
 # ---- MIRROR and the rest
 
 
-def check_mirror(masks_of):
-    """Each mask alone is Bernoulli(p); disjoint for p <= 1/2; covering for p >= 1/2."""
-    r = torch.rand(1, 200_000, 2, generator=torch.Generator().manual_seed(0))
+def test_mirror_masks_are_disjoint_or_cover_all():
+    r = torch.rand(1, 10_000, 2, generator=torch.Generator().manual_seed(0))
     for p in (0.1, 0.5, 0.7, 1.0):
-        first, second = masks_of(r) < p
-        for mask in (first, second):
-            error = math.sqrt(p * (1 - p) / mask.numel())
-            assert abs(mask.double().mean().item() - p) < 4 * error + 1e-5
+        first, second = mdm.mirror(r) < p
         assert p > 0.5 or not (first & second).any()
         assert p < 0.5 or (first | second).all()
-
-
-def test_mirror_and_its_slip():
-    check_mirror(mdm.mirror)
-    with pytest.raises(AssertionError):  # two independent masks, as in the authors' release
-        check_mirror(lambda r: torch.cat([r, torch.rand(r.shape)]))
 
 
 def test_mirror_halves_the_pattern_noise_or_better(toy):
     model, x0, *_ = toy
     for K in mdm.grams(model, x0, POS):
-        for one, pair, two in [("mdm", "mirror", "multi2"), ("ppots", "ppots_mirror", "ppots_multi2"),
-                               ("exactk", "exactk_mirror", "exactk_multi2")]:
+        for one in ("mdm", "ppots", "exactk"):
             A = exact(one, K)["A"]
-            assert exact(two, K)["A"] == pytest.approx(A / 2, rel=1e-9) and exact(pair, K)["A"] < A / 2
-
-
-def test_strata_are_equally_filled():
-    u = mdm.stratify(1 - torch.rand(3, 64), torch.rand(3, 64).argsort(-1), mdm.n_strata(64))
-    assert all((row.bincount(minlength=8) == 8).all() for row in (u * 8).ceil().long() - 1)
-    assert [mdm.n_strata(b) for b in (1, 7, 12, 64, 100)] == [1, 1, 3, 8, 10]
+            assert exact(f"{one}_multi2", K)["A"] == pytest.approx(A / 2, rel=1e-9)
+            assert exact(f"{one}_mirror", K)["A"] < A / 2
 
 
 def test_ema_leaves_the_gradient_alone_to_the_bit():
-    """And the reported loss has the same mean, but less spread."""
     draw = torch.Generator().manual_seed(0)
     w = torch.randn(5, generator=draw, requires_grad=True)
     u, features = torch.rand(2, 64, generator=draw), torch.randn(2, 64, 5, generator=draw)
@@ -338,18 +311,10 @@ def test_ema_leaves_the_gradient_alone_to_the_bit():
     steady, new = mdm.ema_baseline(plain, u, ema)
     (a,), (b,) = (torch.autograd.grad(z.mean(), w, retain_graph=True) for z in (plain, steady))
     assert torch.equal(a, b) and not torch.equal(steady, plain) and not torch.equal(new, ema)
-    ema = ema[:1]
-    for _ in range(2000):  # until it has converged, on losses that fall with the rate
-        u = torch.rand(1, 64, generator=draw)
-        _, ema = mdm.ema_baseline(1 / (u + 0.1), u, ema)
-    u = (torch.arange(6400)[None] + 0.5) / 6400
-    plain, (steady, _) = 1 / (u + 0.1), mdm.ema_baseline(1 / (u + 0.1), u, ema)
-    assert steady.mean().item() == pytest.approx(plain.mean().item(), rel=1e-4)
-    assert steady.std() < 0.5 * plain.std()
 
 
 def test_arm_has_only_data_noise(toy):
-    arm = GPT(GPTConfig(3, T, n_embd=8, n_head=2, causal=True), [torch.Generator().manual_seed(0)]).double()
+    arm = GPT(GPTConfig(3, T, 1, 2, 8, True), [torch.Generator().manual_seed(0)]).double()
     got = exact("arm", mdm.grams(arm, toy[1], POS)[0])
     nll = mdm.token_nll(arm, toy[1][None], POS)[0].mean(-1)
     assert got["A"] == got["B"] == 0 and got["C"] == pytest.approx(nll.var(unbiased=False).item())
