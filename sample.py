@@ -41,9 +41,8 @@ def parse_args(argv=None):
     add("--show", action="store_true", help="show every step, animated in a terminal")
     add("--device", default="auto", help="cpu, cuda, mps or auto [auto]")
     args = parser.parse_args(argv)
-    counts = [n for n in (args.steps, args.length) if n is not None]
-    wrong = min(counts, default=1) < 1 or min(args.temperature, args.sample_seed) < 0
-    if wrong or len(args.mask_char) != 1:
+    counts = [1 if n is None else n for n in (args.steps, args.length)]
+    if min(counts) < 1 or min(args.temperature, args.sample_seed) < 0 or len(args.mask_char) != 1:
         fail("--steps and --length start at 1, others at 0, and --mask_char is one character")
     if args.file:
         try:

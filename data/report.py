@@ -3,8 +3,7 @@
 Accuracies of a tiny model are near 0 or near 1, so nothing here assumes a normal law: intervals are
 95 % bootstrap intervals over seeds (percentiles of 10,000 resamples, always the same). Methods are
 compared seed by seed, on the same data and initial weights: for honesty, not for power, as the
-results of one seed under two methods are hardly correlated. No seed is left out.
-"""
+results of one seed under two methods are hardly correlated. No seed is left out."""
 import contextlib
 import glob
 import json
@@ -40,12 +39,11 @@ def sd_ratio(a, b):
     return sd(a) / sd(b)
 
 
-def interval(statistic, *samples, n_resamples=10_000):
+def interval(statistic, *samples):
     """95 % bootstrap interval of statistic(*samples), samples (n,), the same seeds in each."""
     n = len(samples[0])
-    draws = np.random.default_rng(0).integers(0, n, (n_resamples, n))
-    parts = np.array_split(draws, 10)  # 10,000 x n x n numbers at once would be many
-    values = np.concatenate([statistic(*(x[part] for x in samples)) for part in parts])
+    draws = np.random.default_rng(0).integers(0, n, (10_000, n))
+    values = statistic(*(x[draws] for x in samples))
     values = values[~np.isnan(values)]  # a ratio of nothing to nothing has no value
     if not len(values):
         return math.nan, math.nan
@@ -98,7 +96,7 @@ def score(results):
 
 def steps_to(row, accuracy=0.9):
     """The first evaluation at which a seed had this accuracy, in steps; infinite if none."""
-    there = [c["step"] for c in row["curve"] if (c.get("accuracy") or 0) >= accuracy]
+    there = [c["step"] for c in row["curve"] if (c["accuracy"] or 0) >= accuracy]
     return min(there, default=math.inf)
 
 
@@ -127,9 +125,8 @@ def groups(lines):
 def heading(results):
     """What the runs of a group have in common, and what variants of a method differ in."""
     row = next(iter(results.values()))[0]
-    line = f"{row['dataset']}, {row['method']}'s settings:"
-    for k in "steps batch_size n_layer n_embd lr grad_clip eps init_from n_train".split():
-        line += f" {k} {row[k]}" if row.get(k) else ""
+    names = "dataset steps batch_size n_layer n_embd lr grad_clip eps init_from n_train".split()
+    line = f"{row['method']}: " + ", ".join(f"{k} {row[k]}" for k in names if row.get(k))
     for name, rows in results.items():
         if f"{rows[0]['method']} (2)" in results:
             line += f"\n{name} is { {k: v for k, v in rows[0].items() if k.startswith(OWN)} }"
@@ -164,9 +161,8 @@ def table(results, seeds=()):
     lines.append("accuracy: whole response right; solved: .9 or more of these; nll: nats per token "
                  "(MDM: the bound)\nclipped: share of steps; seconds: all seeds together")
     for name, rows in results.items():
-        gone = [f"{row['seed']} (step {row['diverged']})" for row in rows if row.get("diverged")]
-        if gone:
-            lines.append(f"{name}: not finite, so counted as the worst: seed {', '.join(gone)}")
+        for row in [row for row in rows if row.get("diverged")]:
+            lines.append(f"{name}, seed {row['seed']}: not finite at step {row['diverged']}: worst")
     return "\n".join(lines)
 
 
@@ -205,11 +201,10 @@ def verdict(results, ours="ppots_mirror", base="mdm"):
     a, b = (column(rows, key) for rows in pair)
     line = f"P-POTS+MIRROR minus MDM: {by * difference(a, b):+.{places}f} {unit}"
     if len(a) > 1:
-        ours_wins = a.min() > b.max() if key == "accuracy" else a.max() < b.min()
+        wins = a.min() > b.max() if key == "accuracy" else a.max() < b.min()
         line += f" ({len(a)} seeds, SD {sd(a):.3f} against {sd(b):.3f}); its worst seed "
-        line += f"{'beats' if ours_wins else 'does not beat'} MDM's best"
-    line += ". It takes two passes a step: "
-    controls = []
+        line += f"{'beats' if wins else 'does not beat'} MDM's best"
+    line, controls = line + ". It takes two passes a step: ", []
     for name in ("mdm_batch2", "mdm_steps2", "multi2"):
         pair = [column(rows, key) for rows in same_seeds(results, ours, name)]
         if len(pair[0]):
@@ -273,11 +268,10 @@ def curves(results):
     figure = Figure(figsize=(10, 1.75 * height + 0.5))
     axes = iter(figure.subplots(height, 4, sharey=True, squeeze=False).flat)
     for name, passes, _ in rows:
-        ax = next(axes)
+        ax, color = next(axes), BLUE if passes == 1 else ORANGE
         at = [{c["step"]: c[key] for c in row["curve"]} for row in results[name]]
         steps = sorted(set.intersection(*map(set, at)))
         values = np.array([[curve[step] for step in steps] for curve in at], dtype=float)
-        color = BLUE if passes == 1 else ORANGE
         ax.plot(steps, values.T, color=color, lw=0.5, alpha=0.4)
         ax.plot(steps, values.mean(0), color=color, lw=2)
         ax.set_title(f"{name} ({passes})", fontsize=9)
@@ -297,8 +291,8 @@ def strips(results):
     figure = Figure(figsize=(8.5, 0.3 * len(rows) + 1.2))
     ax, rng = figure.subplots(), np.random.default_rng(0)
     for y, (_, passes, a) in enumerate(rows):
-        color = BLUE if passes == 1 else ORANGE
-        ax.scatter(a, y + rng.uniform(-0.25, 0.25, len(a)), s=12, color=color, alpha=0.6, lw=0)
+        at, color = y + rng.uniform(-0.25, 0.25, len(a)), BLUE if passes == 1 else ORANGE
+        ax.scatter(a, at, s=12, color=color, alpha=0.6, lw=0)
         ax.plot(interval(mean, a), [y, y], color="black", lw=1.5)
         ax.plot(a.mean(), y, "D", color="white", mec="black", ms=5)
     ax.set_yticks(range(len(rows)), [f"{name} ({passes})" for name, passes, _ in rows])

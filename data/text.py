@@ -4,8 +4,7 @@ A sequence is a window of block_size + 1 tokens. Its first token is the prompt, 
 response. So an ARM's loss is nanoGPT's at the same block_size, and an MDM answers the very same
 question, -log p(block_size tokens | the one before). The last 10 % of the text is for validation.
 
-`python -m data.text PATH` shows what a file becomes.
-"""
+`python -m data.text PATH` shows what a file becomes."""
 import hashlib
 import os
 import sys
@@ -62,7 +61,7 @@ class Text:
     chars_per_token: float  # in the responses of the validation blocks
     fingerprint: int  # checksum of all tokens
     prompt_len: int = 1
-    structural = ()  # a text's prompt has no symbols for SyRM
+    structural = ()  # of symbols for SyRM
 
     def __post_init__(self):
         self.encode, self.decode = self.vocabulary.encode, self.vocabulary.decode
@@ -79,8 +78,7 @@ class Text:
 
     def describe(self):
         sample = self.decode(self.stream[:40])
-        kinds = len(self.vocabulary)
-        return f"{len(self.stream):,} training tokens, {kinds} different ones, such as {sample!r}"
+        return f"{len(self.stream):,} training tokens of {len(self.vocabulary)}, such as {sample!r}"
 
 
 def bpe(name):
@@ -89,8 +87,8 @@ def bpe(name):
         import tiktoken
     except ImportError:
         raise ValueError(f"--tokenizer={name} needs a package: pip install tiktoken") from None
-    names = tiktoken.list_encoding_names()
-    if name not in {*names, *tiktoken.registry.ENCODINGS}:
+    names = sorted({*tiktoken.list_encoding_names(), *tiktoken.registry.ENCODINGS})
+    if name not in names:
         raise ValueError(f"--tokenizer={name} is neither char nor one of {', '.join(names)}")
     try:
         return tiktoken.get_encoding(name)
@@ -104,10 +102,8 @@ def tokenize(path, tokenizer):
     try:
         with open(path, encoding="utf-8-sig") as f:
             content = f.read()
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 text ({e.reason}): convert it first") from None
-    except OSError as e:
-        raise ValueError(f"no data set, and no file, {path}: {e.strerror}") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path} is no data set, and no file of UTF-8 text: {e}") from None
     if tokenizer == "char":
         tokens = np.frombuffer(content.encode("utf-32-le"), dtype="<u4")
     else:
@@ -121,9 +117,9 @@ def make(path, block_size, tokenizer="char", name=None):
     """The Text in a file. Raises ValueError for one that cannot be read or is too short."""
     vocabulary, ids = tokenize(path, tokenizer)
     T, n = block_size + 1, len(ids)
-    if n < 10 * T + 10 or len(vocabulary) < 2:
-        raise ValueError(f"{path} has {n} tokens, {len(vocabulary)} different; a --block_size of "
-                         f"{block_size} needs {10 * T + 10} and 2")
+    kinds, needed = len(vocabulary), 10 * T + 10
+    if n < needed or kinds < 2:
+        raise ValueError(f"{path} has {n} tokens, {kinds} different; it needs {needed} and 2")
     split = int(0.9 * n)
     test = torch.from_numpy(ids[split:]).unfold(0, T, block_size)  # each token is asked for once
     spread = torch.linspace(0, len(test) - 1, min(N_TEST, len(test))).round().long()
@@ -136,7 +132,7 @@ def make(path, block_size, tokenizer="char", name=None):
 
 def shakespeare(directory=os.path.dirname(os.path.abspath(__file__))):
     """The path of Tiny Shakespeare, downloaded if it is not there. Raises ValueError."""
-    path = os.path.join(directory, "input.txt")  # the name that char-rnn and nanoGPT use
+    path = os.path.join(directory, "input.txt")
     try:
         if not os.path.exists(path):
             with urllib.request.urlopen(SHAKESPEARE, timeout=30) as response:
@@ -158,7 +154,6 @@ def shakespeare(directory=os.path.dirname(os.path.abspath(__file__))):
 
 if __name__ == "__main__":
     try:
-        data = make(sys.argv[1] if len(sys.argv) > 1 else shakespeare(), 64, *sys.argv[2:3])
+        print(make(sys.argv[1] if len(sys.argv) > 1 else shakespeare(), 64).describe())
     except ValueError as e:
         sys.exit(f"error: {e}")
-    print(f"{data.name}: {data.describe()}; {len(data.test)} validation blocks")

@@ -30,8 +30,7 @@ def float64(values):
 
 @pytest.fixture(scope="module")
 def toy():
-    """A model, four sequences, and for each sequence and mask, one backward each: nll (X, 8, N), H
-    (X, 8, 1) and its gradient (X, 8, P)."""
+    """A model, four sequences; nll (X, 8, N), H (X, 8, 1), gradient (X, 8, P) of each mask."""
     model = GPT(GPTConfig(3, T, 1, 2, 4), [torch.Generator().manual_seed(0)]).double()
     with torch.no_grad():
         for p in model.parameters():
@@ -252,10 +251,9 @@ def test_epr_recovers_its_own_family(true):
     fit = mdm.epr(mdm.fit_epr(t, p), t)
     assert (p * (p.log() - fit.log_softmax(-1))).sum() < 1e-5
     a, b, d, c1, c2, c3 = torch.nn.functional.softplus(theta[0]).tolist()
-    for s in (0.1, 0.5, 0.9):  # the family itself
-        v = a * s ** (1 + c1) + b * (1 - s) ** (1 + c2)
-        wanted = math.sqrt(v + math.exp(d * s ** (1 + c3)) ** 2)
-        assert mdm.epr(theta, float64([s])).exp().item() == pytest.approx(wanted)
+    v = a * 0.3 ** (1 + c1) + b * 0.7 ** (1 + c2)  # the family itself
+    wanted = math.sqrt(v + math.exp(d * 0.3 ** (1 + c3)) ** 2)
+    assert mdm.epr(theta, float64([0.3])).exp().item() == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("fit", ["epr", "grid"])
@@ -275,7 +273,7 @@ def test_ppots_beats_uniform_rates(fit, toy):
 
 
 def test_no_rate_is_ever_given_up():
-    """A pilot that saw no loss at all must not make a probability 0: that would be a bias."""
+    """Even by a pilot that saw no loss at all: a probability 0 would be a bias."""
     for fit in ("epr", "grid"):
         table = mdm.ppots_table(torch.arange(1, N + 1), torch.zeros(1, 4, N), N, fit)
         assert torch.isfinite(table).all() and (table > 0).all()
@@ -358,7 +356,7 @@ def test_sampled_variance_of_an_untrained_model_has_a_closed_form():
     assert loss["total"] == pytest.approx(math.log(V) ** 2 / n * (math.log(1000) - 1), rel=0.03)
 
 
-@pytest.mark.parametrize("method", ["isad", "clipped", "multi2"])
+@pytest.mark.parametrize("method", ["isad", "clipped"])
 def test_sampled_variance_of_any_weights(method, toy):
     """For weights that differ by token too: A and B against brute force."""
     model, x0, nlls, *_ = toy
