@@ -446,11 +446,12 @@ def grams(model, x0, pos):
 
 
 def mask_probabilities(method, p, n):
-    """P(m) of one mask at the rate p, (N,)."""
+    """P(m) of one mask at each of the rates p (Q, 1): (Q, N)."""
     k = all_masks(n).sum(1)
     if "exactk" in method:
-        return (k == round(n * p)).double() / math.comb(n, round(n * p))
-    return p ** k.double() * (1 - p) ** (n - k)
+        P = (k == (n * p).round()).double()
+        return P / P.sum(1, keepdim=True)
+    return p**k * (1 - p) ** (n - k)
 
 
 def mirror_probabilities(method, p, n):
@@ -459,8 +460,8 @@ def mirror_probabilities(method, p, n):
     token = torch.tensor([[neither, one], [one, both]], dtype=torch.float64)
     pairs = functools.reduce(torch.kron, [token] * n)
     if "exactk" in method:  # of these pairs, those of n p tokens each
-        single = mask_probabilities(method, p, n)
-        pairs = pairs * torch.outer(single, single)
+        right = all_masks(n).sum(1) == round(n * p)
+        pairs = pairs * torch.outer(right, right)
     return pairs / pairs.sum()
 
 
@@ -474,20 +475,18 @@ def exact_variance(method, K, K_mean, n, table=None, eps=1e-3, batch_size=64, n_
         edges = edges**4  # dense where 1/t is steep; for exact counts 840 is a multiple of 1..8
     strata = n_strata(batch_size) if "strats" in method else 1
     u = (torch.arange(strata)[:, None] + (edges[1:] + edges[:-1]) / 2) / strata
-    p, importance = rate(method, u.view(1, -1), n, table, eps)
-    a, du = (importance / p).flatten() / n, edges.diff().repeat(strata) / strata
-    second, given_t, means = 0, 0, []  # E[l l], E_t[E[l|t] E[l|t]] in units of V V^T; E[l] in V
-    for p, a, du in zip(p.flatten().tolist(), a, du):
-        one = mask_probabilities(method, p, n)
-        product, independent = one.diag(), torch.outer(one, one)
-        if "mirror" in method:  # l = (l1 + l2)/2
-            product = (product + mirror_probabilities(method, p, n)) / 2
-        if "multi2" in method:
-            product = (product + independent) / 2
-        second = second + du * a**2 * product
-        given_t = given_t + du * a**2 * independent
-        means.append(du * a * one)
-    means = torch.stack(means).view(strata, n_rates, -1).sum(1)  # of each stratum
+    p, importance = (z[0] for z in rate(method, u.view(1, -1), n, table, eps))  # (rates, 1)
+    a, du = importance / (n * p), edges.diff().repeat(strata)[:, None] / strata
+    P = mask_probabilities(method, p, n)
+    given_t = (a * P).T @ (du * a * P)  # E_t[E[l|t] E[l|t]], in units of V V^T
+    second = (du * a**2 * P).sum(0).diag()  # E[l l]
+    if "mirror" in method:  # l = (l1 + l2)/2
+        for p, weight in zip(p[:, 0].tolist(), du * a**2):
+            second = second + weight * mirror_probabilities(method, p, n)
+        second = second / 2
+    if "multi2" in method:
+        second = (second + given_t) / 2
+    means = (du * a * P).view(strata, n_rates, -1).sum(1)  # E[l], of each stratum, in units of V
     square = torch.outer(means.sum(0), means.sum(0))
     A = ((second - given_t) * K).sum()
     B = ((given_t - square) * K).sum() - ((strata * means.T @ means - square) * K_mean).sum()

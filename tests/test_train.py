@@ -210,12 +210,12 @@ def test_end_to_end(tmp_path, capsys):
 
 def test_resume_after_kill_9(tmp_path):
     """At random moments, with a checkpoint after every step, a run loses nothing."""
-    flags = [*FLAGS, "--steps=60", "--eval_every=1", "--method=mdm,ppots_mirror", "--seeds=1,2"]
+    flags = [*FLAGS, "--steps=25", "--eval_every=1", "--method=mdm,ppots_mirror", "--seeds=1,2"]
     flags, rng = [*flags, "--resume"], random.Random(0)
-    for _ in range(3):
+    for _ in range(2):
         command = [sys.executable, ROOT / "train.py", *flags, f"--out_dir={tmp_path / 'out'}"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE)
-        for _ in range(rng.randrange(1, 25)):  # lines, one after each checkpoint
+        for _ in range(rng.randrange(2, 20)):  # lines, one after each checkpoint
             process.stdout.readline()
         time.sleep(rng.uniform(0, 0.03))
         process.kill()
