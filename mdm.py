@@ -114,12 +114,12 @@ class Block(nn.Module):
         S, B, T, width = x.shape
         h, here = self.ln_1(x), rotation
         k, v = self.key_value(h).chunk(2, dim=-1)
-        visible = torch.ones(T, T, device=x.device).tril().bool() if self.causal else None
+        causal, visible = self.causal and pos is None, None
         if pos is not None:  # all tokens are looked at, but only those at pos look and go on
             x, h, here = x[:, :, pos], h[:, :, pos], rotation[:, pos]
-            visible = visible[pos] if self.causal else None
+            visible = torch.arange(T, device=x.device) <= pos[:, None] if self.causal else None
         q, k = rotate(self.heads(self.query(h)), here), rotate(self.heads(k), rotation)
-        y = F.scaled_dot_product_attention(q, k, self.heads(v), attn_mask=visible)
+        y = F.scaled_dot_product_attention(q, k, self.heads(v), visible, is_causal=causal)
         x = x + self.attn_proj(y.transpose(1, 2).reshape(S, B, -1, width))
         return x + self.mlp_proj(F.gelu(self.mlp_fc(self.ln_2(x))))
 

@@ -11,7 +11,6 @@
     torchrun --nproc_per_node=2 train.py --n_seeds=32      share the seeds over processes or GPUs
 
 A method is arm, mdm, or words joined by _ that say what is changed in the MDM (see mdm.py):
-
     ppots    t from the density of least variance   exactk   exactly k ~ U{1..n} masked tokens
     mirror   two negatively correlated masks        strats   stratified rates over the batch
     clipped  t ~ U[0.3, 0.8]; BIASED                isad     rare tokens masked more often; BIASED
@@ -359,8 +358,8 @@ def first_state(cfg, method, seeds, data):
     weights = theirs["state"]["model"]
     weights = {k: v[:1].repeat_interleave(len(seeds), 0) for k, v in weights.items()}
     model, _ = build(cfg, method, seeds, data, "cpu")
-    same = all(weights[k].shape == v.shape for k, v in model.state_dict().items())
-    if not same or any(theirs[k] != ours[k] for k in ("n_head", "vocabulary")):
+    shapes = [{k: v.shape for k, v in part.items()} for part in (weights, model.state_dict())]
+    if shapes[0] != shapes[1] or any(theirs[k] != ours[k] for k in ("n_head", "vocabulary")):
         fail(f"--init_from={cfg.init_from} has other n_layer, n_head, n_embd, vocabulary or length")
     return {"model": weights}
 

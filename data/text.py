@@ -78,7 +78,8 @@ class Text:
 
     def describe(self):
         sample = self.decode(self.stream[:40])
-        return f"{len(self.stream):,} training tokens of {len(self.vocabulary)}, such as {sample!r}"
+        kinds = len(self.vocabulary)
+        return f"{len(self.stream):,} training tokens of {kinds} kinds, as in {sample!r}"
 
 
 def bpe(name):

@@ -3,8 +3,8 @@
     python tests/bench.py                                steps of each method, by number of seeds
     python tests/bench.py --dataset=shakespeare_char     the same at text's sizes
     python tests/bench.py --nanogpt=../nanoGPT           beside nanoGPT's own model, from a clone
-    python tests/bench.py --tiny_diffusion=DIR           train its own model on our text, and score
-                                                         it with our bound, beside an MDM of ours
+    python tests/bench.py --tiny_diffusion=DIR           (with tqdm) train its model on our text;
+                                                         score it with our bound, beside an MDM's
 
 All that is compared takes turns, in rounds; every figure is the median over rounds.
 """

@@ -300,7 +300,7 @@ def test_fine_tuning_and_until_nll(tmp_path, capsys):
     end = machine.find_checkpoint(tmp_path / "b", "ppots_mirror")["state"]["model"]
     for k in start:
         torch.testing.assert_close(end[k], start[k][:1].expand_as(end[k]), rtol=0, atol=1e-9)
-    for flag in ("--n_embd=32", "--n_head=4", "--dataset=mul2", "--dataset=add4"):
+    for flag in ("--n_embd=32", "--n_layer=2", "--n_head=4", "--dataset=mul2", "--dataset=add4"):
         assert "--init_from" in refused(capsys, train.main, *fine, flag)
     refused(capsys, train.main, *fine, f"--out_dir={tmp_path / 'a'}")  # would be overwritten
 
