@@ -22,7 +22,8 @@ for an untrained model, method by method.
 LETTERS  S          models trained side by side, one per random seed
          B, T       sequences in a batch; tokens in a sequence (block_size)
          n, M       response tokens, which alone are masked; masks per sequence (= passes needed)
-         t, p       masking rate in (0,1); p_mask, the probability that a token is masked
+         t, p       masking rate in (0,1); p_mask, the probability that a token is masked (but p(t)
+                    is the density that t is drawn from, and p(x0_i | xt) the model's prediction)
          u, r       the uniform random numbers that t and the mask m are made from
          k, H       the number of hidden tokens, and their summed loss: l = H/(n t)
          V          vocab_size; in section 7 H or its gradient, and A, B, C are those of (3)
@@ -146,7 +147,7 @@ class GPT(nn.Module):
         """idx (S, B, T) token ids, pos (P,) positions -> logits (S, B, P, V) at these positions.
         The last block computes only these: on `123+456=0579` a quarter of all arithmetic less."""
         S, _, T = idx.shape
-        row = torch.arange(S, device=idx.device).view(S, 1, 1) * self.wte.shape[1]
+        row = torch.arange(S, device=idx.device).view(S, 1, 1) * self.wte.shape[1]  # of seed s
         x = F.embedding(idx + row, self.wte.flatten(0, 1)) + self.wpe[:, None, :T]
         rotation = self.rotation[:, :T]
         for block in self.blocks[:-1]:
@@ -241,8 +242,8 @@ def epr(theta, t):
 
 
 def fit_epr(t, w, n_starts=20, n_steps=200):
-    """Fit EPR to a curve w (S, Q) at t (Q,): the theta (S, 6) of least KL(w || p). (The paper takes
-    L-BFGS; with Adam the seeds do not affect each other.)"""
+    """Fit EPR to a curve w (S, Q) at t (Q,): the theta (S, 6) of least KL(w || p), over n_starts.
+    (The paper takes L-BFGS; with Adam the seeds do not affect each other.)"""
     w = (w / w.sum(-1, keepdim=True))[:, None]
     theta = 2 * torch.randn(n_starts, 6, generator=torch.Generator().manual_seed(0)).to(w)
     theta = theta.repeat(len(w), 1, 1).requires_grad_()
@@ -266,13 +267,13 @@ def ppots_table(counts, H, n, fit="epr", eps=1e-3):
     """From the pilot to (4) as a table (S, N_CELLS), the probability of each cell: through EPR
     (fit="epr", the paper's) or as measured (fit="grid")."""
     if fit == "grid":
-        p = second_moment(counts, H, CELLS, n, eps).sqrt()
+        density = second_moment(counts, H, CELLS, n, eps).sqrt()
     else:
         t = torch.arange(1, 64).double() / 64
         theta = fit_epr(t, second_moment(counts, H, t, n, eps).sqrt())
-        p = epr(theta, CELLS).softmax(-1)
-    mass = p * CELLS.sqrt()  # dt = 2 sqrt(t) d sqrt(t)
-    mass = mass.clamp(min=1e-3 * mass.amax(-1, keepdim=True))  # where p is 0 there is a bias
+        density = epr(theta, CELLS).softmax(-1)
+    mass = density * CELLS.sqrt()  # dt = 2 sqrt(t) d sqrt(t)
+    mass = mass.clamp(min=1e-3 * mass.amax(-1, keepdim=True))  # a rate never drawn is a bias
     return mass / mass.sum(-1, keepdim=True)
 
 
@@ -466,8 +467,8 @@ def mirror_probabilities(method, p, n):
 
 
 def exact_variance(method, K, K_mean, n, table=None, eps=1e-3, batch_size=64, n_rates=840):
-    """A, B, C and total per sequence, from a pair of grams(), summing over n_rates cells of u. The
-    strata of strats are equally full: their differences are no noise. Not for isad: l is no a V."""
+    """A, B, C and total per sequence, from a pair of grams(), summed over n_rates cells of u. strats'
+    strata are equally full, so their differences are no noise. Not for isad, whose l is not a V."""
     if "arm" in method:
         return {"A": 0.0, "B": 0.0, "C": (K - K_mean).item(), "total": (K - K_mean).item()}
     edges = torch.linspace(0, 1, n_rates + 1, dtype=torch.float64)
@@ -481,8 +482,8 @@ def exact_variance(method, K, K_mean, n, table=None, eps=1e-3, batch_size=64, n_
     given_t = (a * P).T @ (du * a * P)  # E_t[E[l|t] E[l|t]], in units of V V^T
     second = (du * a**2 * P).sum(0).diag()  # E[l l]
     if "mirror" in method:  # l = (l1 + l2)/2
-        for p, weight in zip(p[:, 0].tolist(), du * a**2):
-            second = second + weight * mirror_probabilities(method, p, n)
+        for one_p, weight in zip(p[:, 0].tolist(), du * a**2):
+            second = second + weight * mirror_probabilities(method, one_p, n)
         second = second / 2
     if "multi2" in method:
         second = (second + given_t) / 2
@@ -545,7 +546,7 @@ def demo():
         print(f"{method:15}{n_masks(method):^6}" + "".join(f"{value:9.3g}" for value in values))
 
     epsilons = [1e-2, 1e-3, 1e-4, 1e-5, 1e-6]
-    print("\nThe loss's total as eps -> 0: mdm's grows like log(1/eps), the others' settle.")
+    print("\nThe loss's total as eps -> 0: mdm's grows like log(1/eps); others settle, EPR late.")
     print(f"\n{'eps':21}" + "".join(f"{eps:9.0e}" for eps in epsilons))
     for method, fit in [("mdm", ""), ("ppots", "epr"), ("ppots", "grid"), ("exactk", "")]:
         line = f"{method + ' ' + fit:21}"
