@@ -467,8 +467,8 @@ def mirror_probabilities(method, p, n):
 
 
 def exact_variance(method, K, K_mean, n, table=None, eps=1e-3, batch_size=64, n_rates=840):
-    """A, B, C and total per sequence, from a pair of grams(), a sum over n_rates cells of u. strats'
-    strata are equally full, so their differences are no noise. Not for isad, whose l is not a V."""
+    """A, B, C and total per sequence, from a pair of grams(): sums over n_rates cells of u. As
+    strats' strata are equally full, they add no noise. Not for isad, whose l is not a V."""
     if "arm" in method:
         return {"A": 0.0, "B": 0.0, "C": (K - K_mean).item(), "total": (K - K_mean).item()}
     edges = torch.linspace(0, 1, n_rates + 1, dtype=torch.float64)
