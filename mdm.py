@@ -21,9 +21,8 @@ for an untrained model, method by method.
 
 LETTERS  S          models trained side by side, one per random seed
          B, T       sequences in a batch; tokens in a sequence (block_size)
-         n, M       response tokens, which alone are masked; masks per sequence (= passes needed)
-         t, p       masking rate in (0,1); p_mask, the probability that a token is masked (but p(t)
-                    is the density that t is drawn from, and p(x0_i | xt) the model's prediction)
+         n, M       tokens that may be masked, the response; masks per sequence (= passes needed)
+         t, p       masking rate in (0,1); p_mask, a token's chance to be masked (p(t): t's density)
          u, r       the uniform random numbers that t and the mask m are made from
          k, H       the number of hidden tokens, and their summed loss: l = H/(n t)
          V          vocab_size; in section 7 H or its gradient, and A, B, C are those of (3)
@@ -85,7 +84,7 @@ class LayerNorm(nn.Module):
 
 
 def rotate(x, rotation):
-    """Rotary positions: normalise x (..., T, head size), then turn pairs by position's angles."""
+    """Rotary positions: normalise x (..., T, head size), turn its pairs by angles ~ position."""
     cos, sin = rotation  # (T, head size / 2)
     a, b = F.rms_norm(x, x.shape[-1:]).chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
@@ -113,14 +112,15 @@ class Block(nn.Module):
     def forward(self, x, rotation, pos=None):
         """x (S, B, T, n_embd) -> the same, or (S, B, len(pos), n_embd) for the positions pos."""
         S, B, T, width = x.shape
-        h, here = self.ln_1(x), rotation
+        h = self.ln_1(x)
         k, v = self.key_value(h).chunk(2, dim=-1)
+        k, v = rotate(self.heads(k), rotation), self.heads(v)
         causal, visible = self.causal and pos is None, None
         if pos is not None:  # all tokens are looked at, but only those at pos look and go on
-            x, h, here = x[:, :, pos], h[:, :, pos], rotation[:, pos]
+            x, h, rotation = x[:, :, pos], h[:, :, pos], rotation[:, pos]
             visible = torch.arange(T, device=x.device) <= pos[:, None] if self.causal else None
-        q, k = rotate(self.heads(self.query(h)), here), rotate(self.heads(k), rotation)
-        y = F.scaled_dot_product_attention(q, k, self.heads(v), visible, is_causal=causal)
+        q = rotate(self.heads(self.query(h)), rotation)
+        y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal)
         x = x + self.attn_proj(y.transpose(1, 2).reshape(S, B, -1, width))
         return x + self.mlp_proj(F.gelu(self.mlp_fc(self.ln_2(x))))
 
