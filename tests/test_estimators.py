@@ -284,12 +284,10 @@ def test_no_rate_is_ever_given_up():
 # ---- MIRROR and the rest
 
 
-def test_mirror_masks_are_disjoint_or_cover_all():
-    r = torch.rand(1, 10_000, 2, generator=torch.Generator().manual_seed(0))
-    for p in (0.1, 0.5, 0.7, 1.0):
-        first, second = mdm.mirror(r) < p
-        assert p > 0.5 or not (first & second).any()
-        assert p < 0.5 or (first | second).all()
+def test_strata_are_equally_filled():
+    u = mdm.stratify(1 - torch.rand(3, 64), torch.rand(3, 64).argsort(-1), mdm.n_strata(64))
+    assert all((row.bincount(minlength=8) == 8).all() for row in (u * 8).ceil().long() - 1)
+    assert [mdm.n_strata(b) for b in (1, 7, 12, 64, 100)] == [1, 1, 3, 8, 10]
 
 
 def test_mirror_halves_the_pattern_noise_or_better(toy):
