@@ -88,9 +88,10 @@ def parse_args(argv=None):
     if cfg.dataset not in arith.DATASETS:
         parser.set_defaults(**TEXT_SETTINGS)
         cfg = parser.parse_args(argv)
-    for name, default, _, *limits in SETTINGS:
-        if limits and not limits[0] <= getattr(cfg, name) <= limits[1]:
-            fail(f"--{name}={getattr(cfg, name)} is not from {limits[0]} to {limits[1]}")
+    for name, _, _, *limits in [row for row in SETTINGS if len(row) > 3]:
+        value = getattr(cfg, name)
+        if value not in limits and (type(value) is str or not limits[0] <= value <= limits[1]):
+            fail(f"--{name}={value} is not {limits[0]} ... {limits[1]}")
     if cfg.n_embd % (2 * cfg.n_head):
         fail(f"--n_embd={cfg.n_embd} is no multiple of twice --n_head={cfg.n_head}")
     cfg.baseline = parse_method(cfg.baseline)
@@ -288,8 +289,7 @@ def measure_table(cfg, seeds, model, train_x, pos, step, X):
         x0.append(train_x[torch.randint(len(train_x), (X,), generator=draw, device=device)].long())
         r.append(torch.rand(X, min(n, 16), n, generator=draw, device=device))
     counts, H = mdm.measure_counts(model, torch.stack(x0), pos, torch.stack(r))
-    table = mdm.ppots_table(counts.cpu(), H.cpu(), n, cfg.ppots_fit, cfg.eps)
-    return table.float().to(device)
+    return mdm.ppots_table(counts.cpu(), H.cpu(), n, cfg.ppots_fit, cfg.eps).float().to(device)
 
 
 # --------------------------------------------------------------------------------------------------

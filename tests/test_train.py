@@ -242,7 +242,7 @@ def test_ctrl_c_says_how_to_go_on_and_a_second_run_is_turned_away(tmp_path, caps
 
 def test_what_is_wrong_is_one_line(tmp_path, capsys, monkeypatch):
     for flag in """--method=nonsense --method=arm_mirror --method= --dataset=add9 --lr=x --seeds=1,1
-            --seeds=-1 --n_seeds=-1 --steps=0 --lr=-1 --eps=1 --n_embd=63 --ppots_fit=x --ste=5
+            --seeds=-1 --n_seeds=-1 --steps=0 --lr=-1 --eps=1 --n_embd=63 --ppots_fit=f --ste=5
             --device=moon --nonsense=1 --method=isad --isad_tokens=x --n_train=10000000 --variance
             --init_from=nowhere --dataset=tests --method=lowdisc --method=exactk_ppots""".split():
         flags = [f for f in FLAGS if flag.split("=")[0] not in f]
