@@ -135,7 +135,7 @@ class GPT(nn.Module):
         self.config = config
         self.wte = normal(generators, V + 1, width)  # token embedding, the mask token's last
         # Positions are learned, which suits the fixed columns of sums, and rotary, without which an
-        # MDM does not learn text at all. Their base is 100, since sequences are short.
+        # MDM hardly learns text. Their base is 100, since sequences are short.
         self.wpe = normal(generators, T, width)
         half = width // config.n_head // 2
         angle = torch.arange(T)[:, None] * 100.0 ** -(torch.arange(half) / half)
@@ -467,8 +467,7 @@ def mirror_probabilities(method, p, n):
 
 
 def exact_variance(method, K, K_mean, n, table=None, eps=1e-3, batch_size=64, n_rates=840):
-    """A, B, C and total per sequence, from a pair of grams(): sums over n_rates cells of u. As
-    strats' strata are equally full, they add no noise. Not for isad, whose l is not a V."""
+    """A, B, C, total per sequence, from a pair of grams(), at n_rates cells of u; not for isad."""
     if "arm" in method:
         return {"A": 0.0, "B": 0.0, "C": (K - K_mean).item(), "total": (K - K_mean).item()}
     edges = torch.linspace(0, 1, n_rates + 1, dtype=torch.float64)
@@ -490,7 +489,8 @@ def exact_variance(method, K, K_mean, n, table=None, eps=1e-3, batch_size=64, n_
     means = (du * a * P).view(strata, n_rates, -1).sum(1)  # E[l], of each stratum, in units of V
     square = torch.outer(means.sum(0), means.sum(0))
     A = ((second - given_t) * K).sum()
-    B = ((given_t - square) * K).sum() - ((strata * means.T @ means - square) * K_mean).sum()
+    between = strata * means.T @ means - square  # strata are equally full: this is no noise
+    B = ((given_t - square) * K).sum() - (between * K_mean).sum()
     C = (square * (K - K_mean)).sum()
     return {"A": A.item(), "B": B.item(), "C": C.item(), "total": (A + B + C).item()}
 
