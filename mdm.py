@@ -84,10 +84,9 @@ class LayerNorm(nn.Module):
 
 
 def rotate(x, rotation):
-    """Rotary positions: normalise x (..., T, head size), turn its pairs by angles ~ position."""
-    cos, sin = rotation  # (T, head size / 2)
-    a, b = F.rms_norm(x, x.shape[-1:]).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    """Rotary positions: turn pairs of x (..., T, head size), complex numbers; then normalise."""
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * rotation
+    return F.rms_norm(torch.view_as_real(turned).flatten(-2), x.shape[-1:])
 
 
 class Block(nn.Module):
@@ -117,7 +116,7 @@ class Block(nn.Module):
         k, v = rotate(self.heads(k), rotation), self.heads(v)
         causal, visible = self.causal and pos is None, None
         if pos is not None:  # all tokens are looked at, but only those at pos look and go on
-            x, h, rotation = x[:, :, pos], h[:, :, pos], rotation[:, pos]
+            x, h, rotation = x[:, :, pos], h[:, :, pos], rotation[pos]
             visible = torch.arange(T, device=x.device) <= pos[:, None] if self.causal else None
         q = rotate(self.heads(self.query(h)), rotation)
         y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal)
@@ -139,7 +138,8 @@ class GPT(nn.Module):
         self.wpe = normal(generators, T, width)
         half = width // config.n_head // 2
         angle = torch.arange(T)[:, None] * 100.0 ** -(torch.arange(half) / half)
-        self.register_buffer("rotation", torch.stack([angle.cos(), angle.sin()]), persistent=False)
+        turn = torch.polar(torch.ones_like(angle), angle)  # a complex number of length 1
+        self.register_buffer("rotation", turn, persistent=False)
         self.blocks = nn.ModuleList(Block(generators, config) for _ in range(config.n_layer))
         self.ln_f, self.head = LayerNorm(len(generators), width), Linear(generators, width, V)
 
@@ -149,7 +149,7 @@ class GPT(nn.Module):
         S, _, T = idx.shape
         row = torch.arange(S, device=idx.device).view(S, 1, 1) * self.wte.shape[1]  # of seed s
         x = F.embedding(idx + row, self.wte.flatten(0, 1)) + self.wpe[:, None, :T]
-        rotation = self.rotation[:, :T]
+        rotation = self.rotation[:T]
         for block in self.blocks[:-1]:
             x = block(x, rotation)
         return self.head(self.ln_f(self.blocks[-1](x, rotation, pos)))

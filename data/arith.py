@@ -7,9 +7,8 @@
 
 Up to the first `=` it is the prompt; the rest is the response, which alone is masked, generated and
 scored. Training and test problems are disjoint and the same in every run. (But 47*86 may be in one
-and 86*47 in the other, as it nearly always is in the small mul2, rarely in add3.)
-
-`python -m data.arith add3` prints a few.
+and 86*47 in the other: nearly always in the small mul2, rarely in add3.) A few are printed by
+`python -m data.arith add3`.
 """
 import sys
 import zlib
@@ -22,7 +21,7 @@ from data.text import Vocabulary
 
 DATASETS = ["add2", "add3", "add4", "add5", "mul2", "sum4", "sum5", "sum6", "sum7", "sum8", "mix3"]
 DATA_SEED = 1337
-N_TRAIN, N_TEST = 20_000, 512  # of few problems all but 1000 are for training
+N_TRAIN, N_TEST = 20_000, 8192  # of few problems all but 1000 are for training, these for tests
 
 
 @dataclass
@@ -82,18 +81,19 @@ def draw(name):
         return [text for text in texts if text not in never][:N_TRAIN], held_out[:N_TEST]
     total = 10 ** (int(name[3:]) * (1 if name.startswith("sum") else 2))
     n_train = min(N_TRAIN, total - 1000)
-    texts = [problem(name, int(i)) for i in rng.choice(total, n_train + N_TEST, replace=False)]
+    n = min(n_train + N_TEST, total)
+    texts = [problem(name, int(i)) for i in rng.choice(total, n, replace=False)]
     return texts[:n_train], texts[n_train:]
 
 
-def make(name, n_train=0):
-    """The data set of that name, or only its first n_train training problems. Raises ValueError."""
+def make(name, n_train=0, n_test=512):
+    """The data set of that name: n_train (0: all) problems, n_test (at most). Raises ValueError."""
     if name not in DATASETS:
         raise ValueError(f"unknown dataset '{name}': choose one of {', '.join(DATASETS)}")
     train, test = draw(name)
     if n_train > len(train):
         raise ValueError(f"{name} has {len(train)} training problems, not {n_train}")
-    train = train[: n_train or len(train)]
+    train, test = train[: n_train or len(train)], test[:n_test]
     chars = sorted(set("0123456789").union(train[0]))
     index = {char: i for i, char in enumerate(chars)}
     ids = torch.tensor([[index[char] for char in text] for text in train + test])

@@ -14,7 +14,7 @@ import torch
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 SHARE = "" if WORLD_SIZE == 1 else f".{RANK + 1}of{WORLD_SIZE}"
-VERSION = 2  # of checkpoints, and of the model in them
+VERSION = 3  # of checkpoints, and of the model in them
 
 
 def fail(message):

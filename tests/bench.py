@@ -38,7 +38,7 @@ def our_step(cfg, method, n_seeds, data, device):
         return clip(*args)
 
     def step():
-        train.clip_per_seed, train.evaluate = marked, lambda *_: {"nll": [9.0] * n_seeds}
+        train.clip_per_seed, train.evaluate = marked, lambda *_, **quick: {"nll": [9.0] * n_seeds}
         marks.clear()
         for _ in train.train(cfg, method, list(range(n_seeds)), data, device):
             pass

@@ -80,7 +80,7 @@ def test_nothing_waits_for_the_device_between_evaluations(method, monkeypatch):
     class Evaluated(Exception):
         pass
 
-    def evaluate(*_):
+    def evaluate(*_, **quick):
         raise Evaluated
 
     cfg, data = settings()
