@@ -1,4 +1,4 @@
-"""What a comparison's results say: statistics over seeds, tables, figures. Trains nothing.
+"""What a comparison's results say: statistics over seeds and tables. Trains nothing.
 
 Accuracies of a tiny model are near 0 or near 1, so nothing here assumes a normal law: intervals are
 95 % bootstrap intervals over seeds (percentiles of 10,000 resamples, always the same). Methods are
@@ -50,6 +50,19 @@ def interval(statistic, *samples):
     return tuple(np.quantile(values, [0.025, 0.975], method="inverted_cdf"))  # of infinities too
 
 
+def between_and_within(x):
+    """Analysis of variance of x (pretrainings, fine-tunings of each): the SD between pretrainings
+    and the SD within, each with its 95 % interval. Here alone normal laws are assumed: the interval
+    is that of draws in which each mean square is divided by a chi-square of its own."""
+    G, n = x.shape
+    df = np.array([G - 1, G * (n - 1)])
+    squares = np.array([n * x.mean(1).var(ddof=1), x.var(1, ddof=1).mean()])
+    draws = squares * df / np.random.default_rng(0).chisquare(df, (10_000, 2))
+    total, within = np.vstack([squares, draws]).T
+    sds = np.sqrt([np.maximum(total - within, 0) / n, within])
+    return [(sd[0], *np.quantile(sd[1:], [0.025, 0.975])) for sd in sds]
+
+
 # --------------------------------------------------------------------------------------------------
 # Results.
 
@@ -57,6 +70,7 @@ def interval(statistic, *samples):
 OUTCOME = """accuracy nll nll_se bits_per_char bits_per_char_se diverged clipped_steps n_test passes
     forward_tokens seconds seeds_trained_together n_params torch device curve eval_every""".split()
 OWN = ("ppots_", "isad_")  # settings that are one method's own
+HEADING = "dataset steps batch_size n_layer n_embd lr grad_clip eps init_from n_train"
 
 
 def read_lines(path):
@@ -102,13 +116,15 @@ def steps_to(row, accuracy=0.9):
 
 def groups(lines):
     """Results that can be compared: a list of {method: lines by seed}, one for each setting of all
-    but the method. The same method with other settings of its own has a number after its name."""
+    but the method and which model is fine-tuned. The same method with other settings of its own
+    has a number after its name."""
     found = {}
     for line in lines:
         own = {k: v for k, v in line.items() if k.startswith(OWN)}
         setting = {k: v for k, v in line.items() if k not in {*OUTCOME, "method", "seed", *own}}
         setting["steps"] //= 2 if "steps2" in line["method"] else 1
-        setting["batch_size"] //= 2 if "batch2" in line["method"] else 1
+        setting["batch_size"] = batch_size({line["method"]: [line]})
+        setting["init_from"] = bool(line.get("init_from"))
         group = found.setdefault(json.dumps(setting, sort_keys=True), {})
         variants = group.setdefault(line["method"], {})
         variants.setdefault(json.dumps(own, sort_keys=True), []).append(line)
@@ -118,14 +134,21 @@ def groups(lines):
         for name, variants in group.items():
             for i, rows in enumerate(variants.values()):
                 shown = name if i == 0 else f"{name} ({i + 1})"
-                result[-1][shown] = sorted(rows, key=lambda row: row["seed"])
+                result[-1][shown] = sorted(rows, key=run)
     return result
+
+
+def batch_size(results):
+    """The batch size of the methods of a group; mdm_batch2's is twice that."""
+    method, (row, *_) = next(iter(results.items()))
+    return row["batch_size"] // (2 if "batch2" in method else 1)
 
 
 def heading(results):
     """What the runs of a group have in common, and what variants of a method differ in."""
     row = next(iter(results.values()))[0]
-    names = "dataset steps batch_size n_layer n_embd lr grad_clip eps init_from n_train".split()
+    models = sorted({row.get("init_from", "") for rows in results.values() for row in rows})
+    row, names = row | {"init_from": " ".join(models)}, HEADING.split()
     line = f"{row['method']}: " + ", ".join(f"{k} {row[k]}" for k in names if row.get(k))
     for name, rows in results.items():
         if f"{rows[0]['method']} (2)" in results:
@@ -133,11 +156,15 @@ def heading(results):
     return line
 
 
+def run(row):
+    return row.get("init_from", ""), row["seed"]
+
+
 def same_seeds(results, a, b):
     """The rows of two methods for the seeds that both have, in the same order."""
     a, b = results.get(a, []), results.get(b, [])
-    common = {row["seed"] for row in a} & {row["seed"] for row in b}
-    return [[row for row in rows if row["seed"] in common] for rows in (a, b)]
+    common = set(map(run, a)) & set(map(run, b))
+    return [[row for row in rows if run(row) in common] for rows in (a, b)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -191,6 +218,22 @@ def statistics(results, key, baseline="mdm"):
     return "\n".join(lines)
 
 
+def nested(results):
+    """Of several pretrainings, fine-tuned equally often: is it these that seeds differ by?"""
+    key = score(results)
+    lines = [f"{key:22}{'SD between pretrainings':>25}{'SD within':>25}   mean of each"]
+    for name, rows in results.items():
+        parts = {}
+        for row in rows:
+            parts.setdefault(row.get("init_from"), []).append(row)
+        x = [column(part, key) for part in parts.values()]
+        if len(x) > 1 and len(set(map(len, x))) == 1 < len(x[0]):
+            cells = ["{:.3f} [{:.3f},{:.3f}]".format(*sd) for sd in between_and_within(np.array(x))]
+            means = " ".join(f"{a.mean():.3f}" for a in x)
+            lines.append(f"{name:22}" + "".join(f"{cell:>25}" for cell in cells) + f"   {means}")
+    return "\n".join(lines) if len(lines) > 1 else ""
+
+
 def verdict(results, ours="ppots_mirror", base="mdm"):
     """The sentence on the paper's claim."""
     pair = same_seeds(results, ours, base)
@@ -218,6 +261,8 @@ def verdict(results, ours="ppots_mirror", base="mdm"):
 
 def main(out_dir, baseline):
     """--report: tables and figures of the results in out_dir."""
+    from data import figures
+
     lines = read_results(out_dir)
     if not lines:
         fail(f"there are no results in {out_dir}: train something first, or check --out_dir")
@@ -227,74 +272,6 @@ def main(out_dir, baseline):
         print(f"{heading(results)}\n\n{table(results)}\n")
         for key in ("accuracy", "nll") if score(results) == "accuracy" else ("nll",):
             print(f"{statistics(results, key, baseline)}\n")
-        print(f"{verdict(results)}\n")
-    print(figures(out_dir, lines))
+        print(f"{nested(results)}\n\n{verdict(results)}\n")
+    print(figures.write(out_dir, groups(lines)))
     return 0
-
-
-# --------------------------------------------------------------------------------------------------
-# Figures, with matplotlib if it is there, in colours that the colour-blind can tell apart.
-
-BLUE, ORANGE = "#0072B2", "#D55E00"
-
-
-def figures(out_dir, lines):
-    """Write the figures into out_dir; returns a line saying which, or why not."""
-    try:
-        from matplotlib import rc_context
-    except ImportError:
-        return "no figures: they need matplotlib (pip install matplotlib)"
-    names = []
-    with rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        for i, results in enumerate(groups(lines)):
-            for name, draw in (("curves", curves), ("seeds", strips)):
-                names.append(os.path.join(out_dir, f"{name}{i + 1 if i else ''}.png"))
-                draw(results).savefig(names[-1], dpi=130, bbox_inches="tight")
-    return "figures: " + ", ".join(names)
-
-
-def ordered(results):
-    """[(method, passes, a number per seed)], one pass before two, by the mean."""
-    rows = [(m, rows[0]["passes"], column(rows, score(results))) for m, rows in results.items()]
-    return sorted(rows, key=lambda row: (row[1], row[2].mean()))
-
-
-def curves(results):
-    """One panel per method: a thin line per seed, and their interquartile mean."""
-    from matplotlib.figure import Figure
-
-    key, rows = score(results), ordered(results)
-    height = math.ceil(len(rows) / 4)
-    figure = Figure(figsize=(10, 1.75 * height + 0.5))
-    axes = iter(figure.subplots(height, 4, sharey=True, squeeze=False).flat)
-    for name, passes, _ in rows:
-        ax, color = next(axes), BLUE if passes == 1 else ORANGE
-        at = [{c["step"]: c[key] for c in row["curve"]} for row in results[name]]
-        steps = sorted(set.intersection(*map(set, at)))
-        values = np.array([[curve[step] for step in steps] for curve in at], dtype=float)
-        ax.plot(steps, values.T, color=color, lw=0.5, alpha=0.4)
-        ax.plot(steps, values.mean(0), color=color, lw=2)
-        ax.set_title(f"{name} ({passes})", fontsize=9)
-        ax.locator_params(axis="x", nbins=4)
-    for ax in axes:
-        ax.axis("off")
-    figure.suptitle(f"{key} against steps: all seeds and their mean (forward passes a step)")
-    figure.tight_layout()
-    return figure
-
-
-def strips(results):
-    """Every seed's final result by method; the mean and its 95 % bootstrap interval."""
-    from matplotlib.figure import Figure
-
-    rows = ordered(results)[::-1]
-    figure = Figure(figsize=(8.5, 0.3 * len(rows) + 1.2))
-    ax, rng = figure.subplots(), np.random.default_rng(0)
-    for y, (_, passes, a) in enumerate(rows):
-        at, color = y + rng.uniform(-0.25, 0.25, len(a)), BLUE if passes == 1 else ORANGE
-        ax.scatter(a, at, s=12, color=color, alpha=0.6, lw=0)
-        ax.plot(interval(mean, a), [y, y], color="black", lw=1.5)
-        ax.plot(a.mean(), y, "D", color="white", mec="black", ms=5)
-    ax.set_yticks(range(len(rows)), [f"{name} ({passes})" for name, passes, _ in rows])
-    ax.set_xlabel(f"final {score(results)} by method (passes a step): seeds, mean, 95 % interval")
-    return figure

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from data import report
+from data import figures, report
 
 
 def test_sd():
@@ -20,6 +20,17 @@ def test_the_interval_of_a_mean():
     a = np.repeat([0.0, 1.0], 10)
     low, high = report.interval(report.mean, a)
     assert (low, high) == pytest.approx((0.3, 0.7), abs=0.051)
+
+
+def test_the_spread_between_pretrainings_and_within():
+    """Of 300 experiments whose SDs are known: the mean estimates, and how often intervals hold."""
+    rng, kept, squares = np.random.default_rng(0), np.zeros(2), np.zeros(2)
+    for _ in range(300):
+        x = 2 * rng.normal(size=(6, 1)) + rng.normal(size=(6, 8))
+        for i, ((sd, low, high), truth) in enumerate(zip(report.between_and_within(x), (2, 1))):
+            kept[i] += low <= truth <= high
+            squares[i] += sd**2 / 300
+    assert squares == pytest.approx([4, 1], rel=0.12) and (abs(kept / 300 - 0.95) < 0.04).all()
 
 
 def line(method="mdm", seed=1, accuracy=0.5, nll=1.0, **changes):
@@ -37,6 +48,10 @@ def test_groups_hold_what_can_be_compared():
     first, second = report.groups(lines)
     assert list(first) == ["mdm", "mdm_batch2", "mdm_steps2", "ppots", "ppots (2)"]
     assert list(second) == ["arm"] and "grid" in report.heading(first)
+    tuned = [line(seed=s, accuracy=s / 9, init_from=a) for a in "ab" for s in (1, 2)]
+    (both,) = report.groups(tuned)  # seeds of two pretrainings are one sample
+    assert len(both["mdm"]) == 4 and "init_from a b" in report.heading(both)
+    assert "0.167 0.167" in report.nested(both) and report.nested(first) == ""
 
 
 def test_a_lost_seed_counts_as_the_worst():
@@ -90,9 +105,11 @@ def test_tables_and_the_verdict(results):
 
 def test_figures(results, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    lines = [row for rows in results.values() for row in rows]
-    said = report.figures(str(tmp_path), lines)
-    for name in ("curves.png", "seeds.png"):
+    larger = {name: [row | {"batch_size": 2 * row["batch_size"]} for row in rows]
+              for name, rows in results.items()}  # fmt: skip
+    said = figures.write(str(tmp_path), [results, larger])
+    for name in ("seeds.png", "seeds2.png", "batches.png"):
         assert name in said and (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+    assert len(figures.method().axes) == 2
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    assert "pip install matplotlib" in report.figures(str(tmp_path), lines)
+    assert "pip install matplotlib" in figures.write(str(tmp_path), [results])
