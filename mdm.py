@@ -144,7 +144,7 @@ class GPT(nn.Module):
         self.ln_f, self.head = LayerNorm(len(generators), width), Linear(generators, width, V)
 
     def forward(self, idx, pos):
-        """idx (S, B, T) token ids, pos (P,) positions -> logits (S, B, P, V) at these positions.
+        """idx (S, B, T) token ids, pos (n,) positions -> logits (S, B, n, V) at these positions.
         The last block computes only these: on `123+456=0579` a quarter of all arithmetic less."""
         S, _, T = idx.shape
         row = torch.arange(S, device=idx.device).view(S, 1, 1) * self.wte.shape[1]  # of seed s
@@ -420,9 +420,9 @@ def sample_gradients(model, x0, pos, mask, weight):
     return loss.detach(), torch.cat([g.flatten(1) for g in gradient], 1)
 
 
-# OURS, exact for short responses: list all N = 2^n masks, and let V_m be the H of mask m, or its
-# gradient. A method's loss is l = a V_m with a = weight/n, so its moments need no more of model
-# and data than the Gram matrix K = E_{x0}[V V^T] (N, N).
+# OURS, exact for short responses: list all N = 2^n masks. With V_m the H of mask m, or its
+# gradient, and a = weight/n, l is a V_m. So each moment of l is a sum over the Gram matrix
+# K = E_{x0}[V V^T] (N, N), entry by entry times a matrix of what the method draws how often.
 
 
 def all_masks(n):
@@ -478,18 +478,18 @@ def exact_variance(method, K, K_mean, n, table=None, eps=1e-3, batch_size=64, n_
     p, importance = (z[0] for z in rate(method, u.view(1, -1), n, table, eps))  # (rates, 1)
     a, du = importance / (n * p), edges.diff().repeat(strata)[:, None] / strata
     P = mask_probabilities(method, p, n)
-    given_t = (a * P).T @ (du * a * P)  # E_t[E[l|t] E[l|t]], in units of V V^T
-    second = (du * a**2 * P).sum(0).diag()  # E[l l]
-    if "mirror" in method:  # l = (l1 + l2)/2
+    second = (du * a**2 * P).sum(0).diag()  # the matrix of E[l l]: one mask
+    given_t = (a * P).T @ (du * a * P)  # that of E_t[E[l|t] E[l|t]]: two independent masks
+    if "mirror" in method:  # l = (l1 + l2)/2, so E[l l] is half E[l1 l1] and half E[l1 l2]
         for one_p, weight in zip(p[:, 0].tolist(), du * a**2):
             second = second + weight * mirror_probabilities(method, one_p, n)
         second = second / 2
     if "multi2" in method:
         second = (second + given_t) / 2
-    means = (du * a * P).view(strata, n_rates, -1).sum(1)  # E[l], of each stratum, in units of V
-    square = torch.outer(means.sum(0), means.sum(0))
+    means = (du * a * P).view(strata, n_rates, -1).sum(1)  # each stratum's share of E[l], times V
+    square = torch.outer(means.sum(0), means.sum(0))  # the matrix of E[l] E[l]
+    between = strata * means.T @ means - square  # what strata differ by, which is no noise
     A = ((second - given_t) * K).sum()
-    between = strata * means.T @ means - square  # strata are equally full: this is no noise
     B = ((given_t - square) * K).sum() - (between * K_mean).sum()
     C = (square * (K - K_mean)).sum()
     return {"A": A.item(), "B": B.item(), "C": C.item(), "total": (A + B + C).item()}
