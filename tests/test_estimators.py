@@ -3,6 +3,8 @@ float64, where all masks, rates and permutations can be gone through by calling 
 that training uses."""
 import itertools
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -368,3 +370,18 @@ def test_sampled_variance_of_any_weights(method, toy):
     got, _ = variance.sampled_variance(model, x0.repeat(150, 1), *args)
     assert abs(got["A"] - A) < 3 * got["A_error"] < 0.2 * A
     assert abs(got["B"] - (B - mean.square().mean())) < 3 * got["B_error"]
+
+
+def test_the_readmes_fine_tuning_runs_as_it_stands(toy):
+    """And its loss is unbiased: the mean of 20,000 draws is L to 4 standard errors."""
+    model, x0, _, H, _ = toy
+    readme = (Path(mdm.__file__).parent / "README.md").read_text("utf-8")
+    (code,) = [c for c in re.findall("```python\n(.*?)```", readme, re.S) if "def " in c]
+    names = {"torch": torch, "F": torch.nn.functional, "n": N, "B": 20_000, "mask_id": 3}
+    names |= {"model": lambda xt: model(xt[None], torch.arange(T))[0]}
+    names |= {"pilot": x0, "x0": x0.repeat(5000, 1)}
+    exec(code, names)
+    losses = mdm.mdm_loss(names["nll"].detach(), names["mask"], names["weight"]).mean(0)
+    wanted = (H[..., 0] @ objective(1e-3)).mean()
+    assert names["loss"].item() == pytest.approx(losses.mean().item())
+    assert abs(losses.mean() - wanted) < 4 * losses.std() / 20_000**0.5 < 0.05 * wanted
