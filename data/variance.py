@@ -66,8 +66,8 @@ def moments(first, mean, weight):
 
 def components(rows):
     """A, B, C and total over the sequences, each with its standard error by the jackknife."""
-    second, given_t, square, l = (torch.stack(z).double() for z in zip(*rows))
-    G, X = l @ l.T, len(l)
+    second, given_t, square, mean = (torch.stack(z).double() for z in zip(*rows))
+    G, X = mean @ mean.T, len(mean)
 
     def parts(keep):
         m = keep.sum()

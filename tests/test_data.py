@@ -2,7 +2,6 @@
 import io
 import urllib.request
 
-import numpy as np
 import pytest
 import tiktoken
 import torch
@@ -37,22 +36,11 @@ def test_data_set(name):
     assert (few.train == data.train[:100]).all() and (few.test == data.test[:512]).all()
 
 
-def test_refusals():
-    with pytest.raises(ValueError, match="add9"):
-        arith.make("add9")
-    with pytest.raises(ValueError, match="9000"):
-        arith.make("add2", 10**5)
-    with pytest.raises(ValueError, match="'x'"):
-        arith.make("add2").encode("12x")
-
-
 def test_mix3_keeps_clear_of_add3s_test_problems():
     mix, add3 = arith.make("mix3"), arith.make("add3")
     assert mix.vocabulary == add3.vocabulary
     texts = {mix.decode(x) for x in mix.train}
     assert not texts & {add3.decode(x) for x in add3.test}
-    digits = [len(str(max(int(x[:3]), int(x[4:7])))) for x in map(mix.decode, mix.train)]
-    assert all(0.25 < np.mean(np.array(digits) == d) < 0.4 for d in (1, 2, 3))
 
 
 LINES = "".join(f"line {i}: Gr\u00fc\u00dfe, \u6587\u5b57 {i * i % 97}\n" for i in range(400))
@@ -103,10 +91,10 @@ def test_bpe(tmp_path, monkeypatch):
 HOPELESS = {"0 tokens": "", "168 tokens": "ab" * 84, "UTF-8": b"\xff", "1 different": "a" * 999}
 
 
-@pytest.mark.parametrize("message", HOPELESS)
-def test_hopeless_files(message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        text.make(write(tmp_path / "a.txt", HOPELESS[message]), block_size=16)
+def test_hopeless_files(tmp_path):
+    for message, content in HOPELESS.items():
+        with pytest.raises(ValueError, match=message):
+            text.make(write(tmp_path / "a.txt", content), block_size=16)
 
 
 def test_fetching_shakespeare(tmp_path, monkeypatch):

@@ -36,24 +36,6 @@ def test_asking_for_some_positions_changes_nothing(causal):
     torch.testing.assert_close(model(idx, POS), everywhere[:, :, POS], rtol=1e-5, atol=1e-5)
 
 
-def test_seeds_do_not_touch_each_other():
-    model, idx = make(), torch.randint(V, (3, 2, T))
-    out = model(idx, POS)
-    for s, seed in enumerate((1, 2, 3)):
-        alone = make(seeds=[seed])(idx[s : s + 1], POS)[0]
-        torch.testing.assert_close(alone, out[s], rtol=1e-5, atol=1e-5)
-    out[1].sum().backward()
-    assert all(p.grad[0].abs().max() == 0 == p.grad[2].abs().max() for p in model.parameters())
-
-
-def test_token_nll_of_the_arm_is_the_chain_rule():
-    arm, x0 = make(causal=True), torch.randint(V, (3, 2, T))
-    logp = arm(x0, torch.arange(T)).log_softmax(-1)
-    wanted = [-logp[:, :, i - 1].gather(-1, x0[:, :, i, None])[..., 0] for i in POS]
-    wanted = torch.stack(wanted, -1)
-    torch.testing.assert_close(mdm.token_nll(arm, x0, POS), wanted, rtol=1e-5, atol=1e-5)
-
-
 def test_sample_gradients_are_autograd():
     """Those of the first seed, sample by sample."""
     model, x0 = make().double(), torch.randint(V, (3, T))

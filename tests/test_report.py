@@ -9,17 +9,12 @@ import pytest
 from data import figures, report
 
 
-def test_sd():
-    x = np.array([1.0, 2.0, 4.0])
+def test_spread_and_interval():
+    """Of 0 and 1, n = 20, the bootstrap mean is binomial, and its quantiles are known."""
+    x = np.repeat([0.0, 1.0], 10)
+    assert report.interval(report.mean, x) == pytest.approx((0.3, 0.7), abs=0.051)
     assert report.sd(x) == pytest.approx(np.std(x, ddof=1)) and math.isnan(report.sd(x[:1]))
     assert report.sd(np.array([1.0, np.inf])) == np.inf
-
-
-def test_the_interval_of_a_mean():
-    """Of 0 and 1, n = 20: the bootstrap mean is binomial, and its quantiles are known."""
-    a = np.repeat([0.0, 1.0], 10)
-    low, high = report.interval(report.mean, a)
-    assert (low, high) == pytest.approx((0.3, 0.7), abs=0.051)
 
 
 def test_the_spread_between_pretrainings_and_within():
@@ -105,9 +100,8 @@ def test_tables_and_the_verdict(results):
 
 def test_figures(results, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    larger = {name: [row | {"batch_size": 2 * row["batch_size"]} for row in rows]
-              for name, rows in results.items()}  # fmt: skip
-    said = figures.write(str(tmp_path), [results, larger])
+    larger = [row | {"batch_size": 16} for rows in results.values() for row in rows]
+    said = figures.write(str(tmp_path), [results, *report.groups(larger)])
     for name in ("seeds.png", "seeds2.png", "batches.png"):
         assert name in said and (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
     assert len(figures.method().axes) == 2

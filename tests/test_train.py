@@ -314,8 +314,8 @@ def test_text_end_to_end(tmp_path, capsys):
     flags = [f for f in FLAGS if "dataset" not in f]
     flags += [f"--out_dir={tmp_path / 'out'}", "--seeds=1,2"]
     flags += [f"--dataset={tmp_path / 'a.txt'}", "--block_size=12", "--eval_every=20", "--steps=40"]
-    methods = "arm,mdm,isad,ppots_mirror,exactk_strats"
-    assert train.main([*flags, f"--method={methods}", "--variance"]) == 0
+    methods = "--method=arm,mdm,isad,ppots_mirror,exactk_strats"
+    assert train.main([*flags, methods, "--variance"]) == 0
     assert "nats" in capsys.readouterr().out
     for x in lines_of(tmp_path / "out" / "results.jsonl"):
         assert x["bits_per_char"] == pytest.approx(x["nll"] / 0.6931472) and x["nll"] < 4.2
@@ -324,9 +324,11 @@ def test_text_end_to_end(tmp_path, capsys):
     assert all("total_error" in row["gradient"] for row in rows)
     assert train.main(["--report", f"--out_dir={tmp_path / 'out'}"]) == 0
 
+    base = [f"--out_dir={tmp_path / 'out'}", "--device=cpu"]
+
     def ask(*args):
         capsys.readouterr()
-        assert sample.main([f"--out_dir={tmp_path / 'out'}", "--device=cpu", *args]) == 0
+        assert sample.main([*base, *args]) == 0
         return capsys.readouterr().out
 
     for method in ("arm", "mdm"):
@@ -342,8 +344,7 @@ def test_text_end_to_end(tmp_path, capsys):
     assert len(ask("--method=mdm", "--length=5")) == 6
     for method, flag, word in [("mdm", "--prompt=Q", "'Q'"), ("arm", "--prompt=1_", "ARM"),
                                ("mdm", "--prompt=" + "1" * 13, "13 tokens")]:  # fmt: skip
-        args = [f"--out_dir={tmp_path / 'out'}", "--device=cpu", f"--method={method}", flag]
-        assert word in refused(capsys, sample.main, *args)
+        assert word in refused(capsys, sample.main, *base, f"--method={method}", flag)
     (tmp_path / "a.txt").write_text(TEXT.replace("wall", "hall"), encoding="utf-8")
     assert "data=" in refused(capsys, train.main, *flags, "--method=mdm", "--resume")
     assert "syrm" in refused(capsys, train.main, *flags, "--method=syrm")
