@@ -92,10 +92,11 @@ def measure(cfg, methods, seeds, data, device, build):
     n = data.test.shape[1] - data.prompt_len
     if n > EXACT_MAX_N:
         methods = [m for m in methods if "strats" not in m]
+    runs = [(m, fit) for m in methods for fit in (("epr", "grid") if "ppots" in m else ("",))]
     rows, began, said = [], time.perf_counter(), time.perf_counter()
     for at in ("initialisation", "end"):
         known = {}
-        for method in methods:
+        for method, fit in runs:
             model, pos = build(cfg, method, seeds, data, device)
             out_dir = cfg.out_dir if at == "end" else cfg.init_from
             if out_dir:
@@ -104,12 +105,13 @@ def measure(cfg, methods, seeds, data, device, build):
                 s = found["seeds"].index(seed) if at == "end" else 0
                 weights = {k: v[s : s + 1] for k, v in found["state"]["model"].items()}
                 model.load_state_dict(weights)
-            loss, gradient = row_of(cfg, method, model, data, pos, seed, known)
+            loss, gradient = row_of(cfg, method, fit, model, data, pos, seed, known)
             passes = mdm.n_masks(method) * (2 if "batch2" in method else 1)
-            rows.append({"at": at, "seed": seed, "dataset": cfg.dataset, "method": method,
+            name = f"{method} ({fit})" if fit else method
+            rows.append({"at": at, "seed": seed, "dataset": cfg.dataset, "method": name,
                          "passes": passes, "loss": loss, "gradient": gradient})
             if time.perf_counter() - said > 10:
-                said, share = time.perf_counter(), len(rows) / (2 * len(methods))
+                said, share = time.perf_counter(), len(rows) / (2 * len(runs))
                 eta = int((said - began) * (1 / share - 1))
                 print(f"{'variance':>20} {share:4.0%}  ETA {eta // 60}:{eta % 60:02}", flush=True)
         print(f"\nVariance per sequence at {at}, seed {seed} (batch2: of a mean of two)")
@@ -119,7 +121,7 @@ def measure(cfg, methods, seeds, data, device, build):
     print(f"Biased methods (isad, syrm, clipped) estimate something else. Written to {path}")
 
 
-def row_of(cfg, method, model, data, pos, seed, known):
+def row_of(cfg, method, fit, model, data, pos, seed, known):
     """(loss, gradient) of a method. known: the Gram matrices so far, by model and length."""
     n, ppots, factor = len(pos), None, 2 if "batch2" in method else 1
     x0 = data.test[:64].to(pos.device)
@@ -127,7 +129,7 @@ def row_of(cfg, method, model, data, pos, seed, known):
     if "ppots" in method:
         r = torch.rand(1, len(x0), min(n, 16), n, generator=generator).to(pos.device)
         counts, H = mdm.measure_counts(model, x0[None], pos, r)
-        ppots = mdm.ppots_table(counts.cpu(), H.cpu(), n, cfg.ppots_fit, cfg.eps)
+        ppots = mdm.ppots_table(counts.cpu(), H.cpu(), n, fit, cfg.eps)
     if n <= EXACT_MAX_N and "isad" not in method:
         key = (method == "arm", n)
         known[key] = known.get(key) or mdm.grams(model, x0, pos)
