@@ -117,7 +117,7 @@ def steps_to(row, accuracy=0.9):
 def groups(lines):
     """Results that can be compared: a list of {method: lines by seed}, one for each setting of all
     but the method and which model is fine-tuned. The same method with other settings of its own
-    has a number after its name."""
+    has these after its name."""
     found = {}
     for line in lines:
         own = {k: v for k, v in line.items() if k.startswith(OWN)}
@@ -132,9 +132,10 @@ def groups(lines):
     for group in found.values():
         result.append({})
         for name, variants in group.items():
-            for i, rows in enumerate(variants.values()):
-                shown = name if i == 0 else f"{name} ({i + 1})"
-                result[-1][shown] = sorted(rows, key=run)
+            first = json.loads(min(variants))
+            for own, rows in sorted(variants.items()):
+                other = [f" {v}" for k, v in json.loads(own).items() if v != first.get(k)]
+                result[-1][name + "".join(other)] = sorted(rows, key=run)
     return result
 
 
@@ -145,15 +146,11 @@ def batch_size(results):
 
 
 def heading(results):
-    """What the runs of a group have in common, and what variants of a method differ in."""
+    """What the runs of a group have in common."""
     row = next(iter(results.values()))[0]
     models = sorted({row.get("init_from", "") for rows in results.values() for row in rows})
     row, names = row | {"init_from": " ".join(models)}, HEADING.split()
-    line = f"{row['method']}: " + ", ".join(f"{k} {row[k]}" for k in names if row.get(k))
-    for name, rows in results.items():
-        if f"{rows[0]['method']} (2)" in results:
-            line += f"\n{name} is { {k: v for k, v in rows[0].items() if k.startswith(OWN)} }"
-    return line
+    return f"{row['method']}: " + ", ".join(f"{k} {row[k]}" for k in names if row.get(k))
 
 
 def run(row):

@@ -41,8 +41,8 @@ def test_groups_hold_what_can_be_compared():
     lines += [line("arm", lr=2.0)]
     lines += [line("ppots", ppots_fit="epr"), line("ppots", ppots_fit="grid")]
     first, second = report.groups(lines)
-    assert list(first) == ["mdm", "mdm_batch2", "mdm_steps2", "ppots", "ppots (2)"]
-    assert list(second) == ["arm"] and "grid" in report.heading(first)
+    assert list(first) == ["mdm", "mdm_batch2", "mdm_steps2", "ppots", "ppots grid"]
+    assert list(second) == ["arm"] and "dataset add3" in report.heading(first)
     tuned = [line(seed=s, accuracy=s / 9, init_from=a) for a in "ab" for s in (1, 2)]
     (both,) = report.groups(tuned)  # seeds of two pretrainings are one sample
     assert len(both["mdm"]) == 4 and "init_from a b" in report.heading(both)
