@@ -1,8 +1,8 @@
 """mdm.py - stable training of masked diffusion language models, in one file.
 
 THE STORY. A masked diffusion model (MDM) hides tokens and learns to fill them in. To train on a
-sequence x0 it draws a masking rate t, hides each of the n response tokens with probability t,
-and pays for the hidden ones, the mask m; xt is the sequence without them:
+sequence x0 it draws a masking rate t and hides each of the n response tokens with probability t.
+Those hidden are the mask m, what is left to see is xt, and the loss is that of the hidden ones:
 
     l(x0, t, m) = 1/(n t) * sum_{i in m} -log p(x0_i | xt)                                      (1)
     L           = E_{x0} E_{t ~ U(0,1)} E_m  l(x0, t, m)   >=   -log-likelihood per token       (2)
