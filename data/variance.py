@@ -37,7 +37,9 @@ def sampled_variance(model, x0, pos, method, generator, table=None, eps=1e-3, is
         u = u.flatten().repeat_interleave(2)[None]
         r = torch.rand(copies, 1, 32, n, generator=generator)
         mask, weight, often = torch.ones_like(r) > 0, torch.ones_like(r), torch.ones(32)
-        if "arm" not in method:
+        if "arm" in method:  # all that is drawn above is of no concern to it
+            density = torch.ones_like(density)
+        else:
             rare = None if is_rare is None else is_rare[i].expand(r.shape[1:])
             p = mdm.rate(method, u, n, table, eps, rare)[0].expand(r.shape[1:])
             if "exactk" not in method:  # hide a token (there none of the masks is empty anyway)
