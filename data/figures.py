@@ -56,16 +56,16 @@ def batches(groups):
     names = list(dict.fromkeys(name for results in groups for name in results))
     for i, name in enumerate(names):
         found = {report.batch_size(g): report.column(g[name], key) for g in groups if name in g}
-        x, columns = zip(*sorted(found.items()))
+        sizes, columns = zip(*sorted(found.items()))
+        x = np.array(sizes) * 1.03 ** (i - len(names) / 2)  # side by side
         passes = next(g[name][0]["passes"] for g in groups if name in g)
-        style = {"color": f"C{i}", "ls": "-" if passes == 1 else "--"}
-        means = [a.mean() for a in columns]
-        ax.plot(x, means, marker="o", label=f"{name} ({passes})", **style)
+        style = {"color": f"C{i}", "ls": "-" if passes == 1 else "--", "marker": "o", "ms": 5}
+        ax.plot(x, [a.mean() for a in columns], label=f"{name} ({passes})", lw=1, **style)
         for at, a in zip(x, columns):
-            shifted = np.full(len(a), at * 1.03 ** (i - len(names) / 2))
-            ax.scatter(shifted, a, s=7, alpha=0.5, lw=0, color=style["color"])
+            ax.scatter(np.full(len(a), at), a, s=7, alpha=0.5, lw=0, color=style["color"])
+    sizes = sorted({report.batch_size(results) for results in groups})
     ax.set_xscale("log", base=2)
-    ax.set_xticks(x, x)
+    ax.set_xticks(sizes, sizes)
     ax.set_xlabel("batch size (of the one-pass methods)")
     ax.set_ylabel(f"final {key}: seeds, mean")
     ax.legend(title="method (passes a step)", frameon=False, fontsize=8)
