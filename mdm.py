@@ -421,8 +421,8 @@ def sample_gradients(model, x0, pos, mask, weight):
 
 
 # OURS, exact for short responses: list all N = 2^n masks. With V_m the H of mask m, or its
-# gradient, and a = weight/n, l is a V_m. So each moment of l is a sum over the Gram matrix
-# K = E_{x0}[V V^T] (N, N), entry by entry times a matrix of what the method draws how often.
+# gradient, and a = weight/n, the loss is l = a V_m. So each moment of l is a sum over the Gram
+# matrix K = E_{x0}[V V^T] (N, N), times a matrix that says how often the method draws what.
 
 
 def all_masks(n):
@@ -472,7 +472,7 @@ def exact_variance(method, K, K_mean, n, table=None, eps=1e-3, batch_size=64, n_
         return {"A": 0.0, "B": 0.0, "C": (K - K_mean).item(), "total": (K - K_mean).item()}
     edges = torch.linspace(0, 1, n_rates + 1, dtype=torch.float64)
     if "exactk" not in method:
-        edges = edges**4  # dense where 1/t is steep; for exact counts 840 is a multiple of 1..8
+        edges = edges**4  # dense where 1/t is steep (exact counts: 840 cells hold one count each)
     strata = n_strata(batch_size) if "strats" in method else 1
     u = (torch.arange(strata)[:, None] + (edges[1:] + edges[:-1]) / 2) / strata
     p, importance = (z[0] for z in rate(method, u.view(1, -1), n, table, eps))  # (rates, 1)
