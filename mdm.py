@@ -26,7 +26,8 @@ LETTERS  S          models trained side by side, one per random seed
          u, r       the uniform random numbers that t and the mask m are made from
          k, H       the number of hidden tokens, and their summed loss: l = H/(n t)
          V          vocab_size; in section 7 H or its gradient, and A, B, C are those of (3)
-A method is unbiased if the mean of its loss is L. OURS marks what is not in the paper.
+         X, Q, N    how many sequences are measured, rates, samples or masks
+A method is unbiased if its mean loss is L (but for eps). OURS: neither the paper's nor cited.
 """
 import functools
 import math
@@ -38,10 +39,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # --------------------------------------------------------------------------------------------------
-# 1. The model: nanoGPT's transformer, with a leading axis S on every parameter.
+# 1. The model: nanoGPT's transformer with rotary positions and an axis S first on every parameter.
 # Row s of each parameter belongs to seed s, and rows never meet: S models train as one stream of
-# batched matmuls. With S = 1 it is the transformer you know. It is not told t: the number of mask
-# tokens in xt says all that t could say about the hidden ones (RADD, arXiv 2406.03736).
+# batched matmuls. It is not told t, on which p(x0_i | xt) does not depend (RADD, arXiv 2406.03736).
 
 
 @dataclass
@@ -51,7 +51,7 @@ class GPTConfig:
     n_layer: int = 2
     n_head: int = 4
     n_embd: int = 64
-    causal: bool = False  # the ONLY difference between the ARM (True) and the MDM (False)
+    causal: bool = False  # the ONLY difference between an ARM's network (True) and an MDM's
 
 
 def normal(generators, *shape, std=0.02):
@@ -84,7 +84,7 @@ class LayerNorm(nn.Module):
 
 
 def rotate(x, rotation):
-    """Rotary positions: turn pairs of x (..., T, head size), complex numbers; then normalise."""
+    """Rotary positions: turn pairs of x (..., T, head size), complex numbers; then QK-norm."""
     turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * rotation
     return F.rms_norm(torch.view_as_real(turned).flatten(-2), x.shape[-1:])
 
@@ -145,7 +145,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, pos):
         """idx (S, B, T) token ids, pos (n,) positions -> logits (S, B, n, V) at these positions.
-        The last block computes only these: on `123+456=0579` a quarter of all arithmetic less."""
+        The last block computes only these: two layers on `123+456=0579` save a quarter."""
         S, _, T = idx.shape
         row = torch.arange(S, device=idx.device).view(S, 1, 1) * self.wte.shape[1]  # of seed s
         x = F.embedding(idx + row, self.wte.flatten(0, 1)) + self.wpe[:, None, :T]
@@ -156,13 +156,13 @@ class GPT(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. The loss. Masks multiply, they never select: all shapes are fixed, nothing waits for a GPU.
+# 2. The loss. Masks multiply, they never index: shapes are fixed, the host waits for no GPU.
 
 
 def token_nll(model, x0, pos, mask=None):
     """-log p of each response token in nats, (S, ..., n), for x0 (S, ..., T) and pos (n,).
-    MDM: -log p(x0_i | xt), xt hiding what mask (S, ..., n) says; without meaning elsewhere, where
-    the loss multiplies it by zero. ARM: -log p(x0_i | x0_<i), from its logits at i - 1."""
+    MDM: -log p(x0_i | xt), xt hiding what mask (S, ..., n) says; of visible tokens it means nothing
+    and is multiplied by 0. ARM: -log p(x0_i | x0_<i), from the logits at i - 1, so pos >= 1."""
     if model.config.causal:
         xt, at = x0[..., :-1], pos - 1
     else:
@@ -188,16 +188,16 @@ def rate_to_p_mask(t, eps=1e-3):
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. P-POTS: the Pareto-optimal t-sampler. Attacks A + B; one pass and 1 % for a pilot; unbiased.
+# 3. P-POTS: the Pareto-optimal t-sampler. Attacks the sum A + B; one pass and a pilot; unbiased.
 #
 # Draw t from a density p(t) and multiply the loss by 1/p(t): its mean stays what it was. Its
 # variance is int E[l^2 | t] / p(t) dt - L^2, which by Cauchy-Schwarz is least for
 #
 #     p(t)  ~  sqrt( E[l^2 | t] )         (the paper writes it as mean^2 plus variance)          (4)
 #
-# "Visit hard rates more often, in smaller steps." OURS, cheaper than the paper's grid of rates: all
-# masks of k tokens are equally likely, whatever t was. So a pilot measures H by count, and the
-# binomial law of k gives (4) at every t:
+# Rates of large l come more often, in smaller steps. (B alone may grow; what is least is the loss's
+# variance, not the gradient's.) OURS, cheaper than the paper's grid of rates: all masks of k tokens
+# are equally likely at any t; so a pilot measures H by count, and the binomial law of k gives (4):
 #
 #     E[l^2 | t]  =  sum_k Bin(k; n, p) E[H^2 | k] / (n p)^2                                    (5)
 
@@ -233,7 +233,8 @@ def epr(theta, t):
         p(t) ~ sqrt(v(t) + g(t)^2),    v = a t^c1 + b (1-t)^c2,    g = exp(d t^c3)
 
     a, b, d > 0 and c1, c2, c3 > 1 are softplus(theta), the latter plus 1. OURS to note: EPR is
-    finite at t = 0, where (4) grows like (t + eps)^(-1/2), so some of the log(1/eps) survives.
+    finite at t = 0, where (4) grows like (t + eps)^(-1/2), so the log(1/eps) survives (in
+    the table below down to its first cell, t < 6e-5).
     """
     a, b, d, c1, c2, c3 = F.softplus(theta).unsqueeze(-1).unbind(-2)
     v = a * t ** (1 + c1) + b * (1 - t) ** (1 + c2)
@@ -258,7 +259,7 @@ def fit_epr(t, w, n_starts=20, n_steps=200):
 
 
 # What is sampled from is a table of N_CELLS equal cells of sqrt(t), which is uniform within each.
-# So 1/p(t) is exactly the density drawn, and near t = 0 that goes like t^(-1/2), as the optimum.
+# So the weight's p(t) is exactly the density drawn; near t = 0 it goes like t^(-1/2), as (4).
 N_CELLS = 128
 CELLS = ((torch.arange(N_CELLS).double() + 0.5) / N_CELLS).square()  # t at the middle of each cell
 
@@ -291,12 +292,11 @@ def ppots_sample(u, table):
 
 
 def mirror(r):
-    """The uniforms r (M, ..., n) that masks are made from (hidden where r < p), read from both
-    ends: r and 1 - r, (2M, ..., n). p <= 1/2: no token is hidden twice; p >= 1/2: all are hidden.
-
-    Each mask alone is an ordinary one, so the mean of both losses is unbiased. If rho is their
-    correlation given x0 and t, A becomes A/2 * (1 + rho); for the loss rho <= 0 if one more hidden
-    token never lowers H. Fair controls of two passes: `multi2` (independent masks), batch2, steps2.
+    """The uniforms r (M, ..., n) that masks are made from (hidden where r < p) and their antithetic
+    ones, r and 1 - r: (2M, ..., n). p <= 1/2: no token is hidden twice; p >= 1/2: none is spared.
+    Each mask alone is an ordinary one, so the mean of both losses is unbiased. With rho = E[Cov] /
+    E[Var] of the two given x0 and t, A becomes A/2 * (1 + rho); rho <= 0 for the plain loss if one
+    more hidden token never lowers H. Fair controls: multi2 (independent masks), batch2, steps2.
     """
     return torch.cat([r, 1 - r])
 
@@ -306,26 +306,26 @@ def mirror(r):
 
 
 def exact_count(u, n):
-    """Exact counts: hide exactly k ~ U{1..n} tokens, weight 1/k. Attacks A; one pass; unbiased (for
-    eps = 0). (RADD; LLaDA's evaluation.) u (S, B) in (0,1] -> k/n, which stands in for p. Almost
-    all that it gains is never to draw the empty mask, which the weight 1/t has to pay for."""
+    """Exact counts: hide exactly k ~ U{1..n} tokens, weight 1/k. Attacks A; one pass; unbiased, no
+    eps. (RADD; LLaDA's evaluation.) u (S, B) in (0,1] -> k/n, which stands in for p. It takes off
+    the noise k/(n t) of the plain weight; for small n nearly all of that is the empty mask."""
     return (u * n).ceil() / n
 
 
 def stratify(u, shuffle, strata):
-    """StraTS: draw equally often from each stratum of (0,1]. Attacks B; one pass; unbiased.
+    """StraTS: draw equally often from each stratum of (0,1]. Attacks B; one pass; unbiased if full.
     u (..., B) uniform, shuffle (..., B) a random permutation of 0..B-1 -> u (..., B)."""
     return (shuffle % strata + u) / strata
 
 
 def n_strata(batch_size):
-    """The paper takes sqrt(batch_size) strata; the largest divisor not above it fills them."""
+    """The paper takes sqrt(batch_size) strata. OURS: the largest divisor up to that fills them."""
     return max(d for d in range(1, math.isqrt(batch_size) + 1) if batch_size % d == 0)
 
 
 def isad(p, is_rare, delta=0.2):
     """ISAD: hide rare tokens with q = min(p + delta, 1), weight 1/q. Attacks A on these; one pass;
-    BIASED (OURS to note): the others then see the rare ones hidden more often than in (2).
+    BIASED (OURS to note): all then see the other rare ones hidden more often than in (2).
     p (S, B, 1), is_rare (S, B, n) bool -> (S, B, n)."""
     return torch.where(is_rare, (p + delta).clamp(max=1), p)
 
@@ -335,24 +335,24 @@ def clipped(u, low=0.3, high=0.8):
     return low + (high - low) * u
 
 
-def ema_baseline(loss, u, ema, rate=0.01):
+def ema_baseline(loss, u, ema, step=0.01):
     """EMA: subtract from each loss a running mean of those at similar rates, one for each bin of
     u, and add back their mean. loss, u (S, B), ema (S, bins) -> a steadier loss (S, B), new ema.
-    What is subtracted knows no parameters: the GRADIENT, and training, is the same to the bit."""
+    What is subtracted has no gradient: the GRADIENT, and training, is the same to the bit."""
     bins = ema.shape[-1]
     onehot = F.one_hot(((u * bins).ceil().long() - 1).clamp(0, bins - 1), bins).to(loss.dtype)
     steady = loss - (onehot @ ema[..., None])[..., 0] + ema.mean(-1, keepdim=True)
     with torch.no_grad():
         count = onehot.sum(1)
         mean = (onehot * loss[..., None]).sum(1) / count.clamp(min=1)
-        return steady, torch.where(count > 0, ema + rate * (mean - ema), ema)
+        return steady, torch.where(count > 0, ema + step * (mean - ema), ema)
 
 
 # --------------------------------------------------------------------------------------------------
 # 6. A method is what it does to u (the rate), to r (the mask) and to the weight. Its name is made
-# of words, `"mirror" in "ppots_mirror"`; plain ones are "mdm" and "arm". train.py does the rest:
-# strats, ema, batch2, steps2, and SyRM, the paper's sixth method, which masks symbols of the prompt
-# too, so that its objective is another.
+# of words, `"mirror" in "ppots_mirror"`; plain ones are "mdm" and "arm". (Of ppots, exactk, clipped
+# never two, nor exactk and isad: train.py refuses these.) train.py does the rest: strats, ema,
+# batch2, steps2, and the paper's SyRM: symbols of the prompt are masked too, another objective.
 
 
 def n_masks(method):
@@ -467,7 +467,8 @@ def mirror_probabilities(method, p, n):
 
 
 def exact_variance(method, K, K_mean, n, table=None, eps=1e-3, batch_size=64, n_rates=840):
-    """A, B, C, total per sequence, from a pair of grams(), at n_rates cells of u; not for isad."""
+    """A, B, C, total per sequence (a batch's variance times batch_size, where strata matter), from
+    a pair of grams(), by a midpoint rule of n_rates cells of u; not for isad."""
     if "arm" in method:
         return {"A": 0.0, "B": 0.0, "C": (K - K_mean).item(), "total": (K - K_mean).item()}
     edges = torch.linspace(0, 1, n_rates + 1, dtype=torch.float64)
@@ -488,7 +489,7 @@ def exact_variance(method, K, K_mean, n, table=None, eps=1e-3, batch_size=64, n_
         second = (second + given_t) / 2
     means = (du * a * P).view(strata, n_rates, -1).sum(1)  # each stratum's share of E[l], times V
     square = torch.outer(means.sum(0), means.sum(0))  # the matrix of E[l] E[l]
-    between = strata * means.T @ means - square  # what strata differ by, which is no noise
+    between = strata * means.T @ means - square  # what strata differ by: it is taken off
     A = ((second - given_t) * K).sum()
     B = ((given_t - square) * K).sum() - (between * K_mean).sum()
     C = (square * (K - K_mean)).sum()
@@ -526,7 +527,7 @@ def generate(model, x, pos, steps=None, temperature=0.0, order="confidence", gen
 
 
 def demo():
-    """Equation (3) for an untrained model on 16 toy sequences: six digits and four sums of them."""
+    """Equation (3) for an untrained model on 16 toy sequences: six digits, four sums mod 10."""
     draw = torch.Generator().manual_seed(0)
     x0 = torch.randint(10, (16, 10), generator=draw)
     x0[:, 6:], pos, n = (x0[:, :4] + x0[:, 2:6]) % 10, torch.arange(6, 10), 4
@@ -535,7 +536,7 @@ def demo():
     pilot = measure_counts(model, x0[None], pos, torch.rand(1, 16, n, n, generator=draw))
     table, plain = ppots_table(*pilot, n), None
 
-    print("Variance per sequence, exact over all masks and rates; in the last column over mdm's.\n")
+    print("Variance per sequence, over all masks and 840 rates; in the last column over mdm's.\n")
     print(f"{'':21}{'loss':^36}{'gradient':^36}\n{'method':15}passes", end="")
     print(f"{'A':>9}{'B':>9}{'C':>9}{'total':>9}" * 2 + f"{'ratio':>9}")
     for method in "mdm arm ppots mirror ppots_mirror multi2 strats exactk exactk_mirror".split():
@@ -544,7 +545,6 @@ def demo():
         plain = plain or gradient["total"]  # mdm comes first
         values = [*loss.values(), *gradient.values(), gradient["total"] / plain]
         print(f"{method:15}{n_masks(method):^6}" + "".join(f"{value:9.3g}" for value in values))
-
     epsilons = [1e-2, 1e-3, 1e-4, 1e-5, 1e-6]
     print("\nThe loss's total as eps -> 0: mdm's grows like log(1/eps); others settle, EPR late.")
     print(f"\n{'eps':21}" + "".join(f"{eps:9.0e}" for eps in epsilons))
