@@ -56,12 +56,10 @@ def parse_args(argv=None):
 def load_model(out_dir, method, seed=None, device="cpu"):
     """One seed's model, with S = 1: (model, its vocabulary, its data set's name)."""
     saved = machine.find_checkpoint(out_dir, method, seed)
-    row = saved["seeds"].index(seed) if seed is not None else 0
-    weights = {k: v[row : row + 1] for k, v in saved["state"]["model"].items()}
-    vocabulary, T = Vocabulary(**saved["vocabulary"]), weights["wpe"].shape[1]
+    vocabulary, T = Vocabulary(**saved["vocabulary"]), saved["weights"]["wpe"].shape[1]
     shape = len(vocabulary), T, saved["n_layer"], saved["n_head"], saved["n_embd"], "arm" in method
     model = mdm.GPT(mdm.GPTConfig(*shape), [torch.Generator()])
-    model.load_state_dict(weights)
+    model.load_state_dict(saved["weights"])
     return model.to(device), vocabulary, saved["dataset"]
 
 

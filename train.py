@@ -4,10 +4,8 @@
     python train.py --method=ppots_mirror                  one method (pposts_mirror is the same)
     python train.py --method=mdm,mdm_batch2,multi2,mirror  MIRROR beside controls of its compute
     python train.py --n_seeds=32 --out_dir=out32           32 seeds, trained as one batch
-    python train.py --resume                               go on where the same command stopped
     python train.py --dataset=shakespeare_char             text; or --dataset=FILE for any of yours
                      (defaults for text: n_layer 4, n_embd 128, batch_size 12, steps 2000)
-    python train.py --report --out_dir=out32               tables and figures of what is there
     torchrun --nproc_per_node=2 train.py --n_seeds=32      share the seeds over processes or GPUs
 
 A method is arm, mdm, or words joined by _ that say what is changed in the MDM (see mdm.py):
@@ -42,6 +40,7 @@ SETTINGS = [  # name, default, the reason for it (its --help) and, for a number,
     ("seeds", "", "seeds, separated by commas (default: the paper's 42,731,20231)"),
     ("n_seeds", 0, "or how many: the paper's three, then 0,1,2,...", 0, 1e5),
     ("dataset", "add3", f"{', '.join(arith.DATASETS)}; or shakespeare_char; or a text file"),
+    ("init_from", "", "fine-tune: another run's out_dir; from the first seed of its arm or mdm"),
     ("n_train", 0, "for scarce data: take only so many training problems (0: all)", 0, 1e9),
     ("n_test", 512, "arithmetic: held-out problems decoded at the end, at most", 1, 1e6),
     ("tokenizer", "char", "text: char, or a tiktoken encoding such as gpt2"),
@@ -52,7 +51,6 @@ SETTINGS = [  # name, default, the reason for it (its --help) and, for a number,
     ("weight_decay", 0.01, "AdamW's; small, as a model this size hardly overfits", 0, 1e3),
     ("grad_clip", 1.0, "largest norm of a seed's gradient", 1e-9, 1e9),
     ("eps", 1e-3, "smallest masking rate, as in LLaDA; keeps the plain variance finite", 0, 0.9),
-    ("init_from", "", "fine-tune: another run's out_dir; from the first seed of its arm or mdm"),
     ("until_nll", 0.0, "end a method at the first evaluation with a mean nll this low", 0, 1e9),
     ("n_layer", 2, "transformer blocks; two suffice for carries", 1, 1e3),
     ("n_head", 4, "attention heads", 1, 1e3),
@@ -96,8 +94,7 @@ def parse_args(argv=None):
     if cfg.n_embd % (2 * cfg.n_head):
         fail(f"--n_embd={cfg.n_embd} is no multiple of twice --n_head={cfg.n_head}")
     cfg.baseline = parse_method(cfg.baseline)
-    methods = [parse_method(name) for name in cfg.method.split(",")]
-    return cfg, list(dict.fromkeys(methods)), parse_seeds(cfg)
+    return cfg, list(dict.fromkeys(map(parse_method, cfg.method.split(",")))), parse_seeds(cfg)
 
 
 def parse_method(name):
@@ -207,9 +204,8 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
     state = fresh | (state or {})
     model.load_state_dict(state.get("model", model.state_dict()))
     optimizer.load_state_dict(state.get("optimizer", optimizer.state_dict()))
-    table, ema, diverged, clipped = (
-        state[k].to(device) for k in ("table", "ema", "diverged", "clipped")
-    )
+    names = ("table", "ema", "diverged", "clipped")
+    table, ema, diverged, clipped = (state[name].to(device) for name in names)
     K = max(1, min(64, 2**20 // (B * n)))  # steps in a block; not by seeds, or streams would shift
     refit_every, X = pilot_size(cfg, steps, B * mdm.n_masks(method), n)
     loss_sum, began = zero, time.perf_counter()
@@ -334,34 +330,38 @@ def evaluate(model, data, quick=False):
 # Files: a checkpoint for each method (see data/machine.py) and results.jsonl.
 
 
-def description(cfg, method, seeds, data):
-    """What a run must agree with to go on from a checkpoint."""
-    names = [name for name, *_ in SETTINGS[3:-6]]  # those that training depends on
+def description(cfg, method, data):
+    """What a run is made from, besides its seeds and the weights that it starts from. Data and
+    weights are known by their fingerprints: --dataset and --init_from name them for people."""
+    names = [name for name, *_ in SETTINGS[5:-6]]  # those that training depends on
     others = [word for word in ("ppots", "isad") if word not in method]  # have settings too
     settings = {name: getattr(cfg, name) for name in names if name.split("_")[0] not in others}
-    vocabulary = dataclasses.asdict(data.vocabulary)
-    return settings | {"seeds": seeds, "data": data.fingerprint, "vocabulary": vocabulary}
+    return settings | {"data": data.fingerprint}
 
 
 def first_state(cfg, method, seeds, data):
-    """What training starts from: a checkpoint (--resume), weights (--init_from), or nothing."""
-    path, ours = machine.checkpoint_path(cfg.out_dir, method), description(cfg, method, seeds, data)
-    if cfg.resume and os.path.exists(path):
-        theirs = machine.load_checkpoint(path)
-        differ = [f"--{k}={theirs.get(k)}" for k in ours if theirs.get(k) != ours[k]]
-        if differ:
-            fail(f"{path} has {' '.join(differ):.300}: use that, or do without --resume")
-        return theirs["state"]
-    if not cfg.init_from:
-        return {}
-    theirs = machine.find_checkpoint(cfg.init_from, "arm" if "arm" in method else "mdm")
-    weights = theirs["state"]["model"]
-    weights = {k: v[:1].repeat_interleave(len(seeds), 0) for k, v in weights.items()}
-    model, _ = build(cfg, method, seeds, data, "cpu")
-    shapes = [{k: v.shape for k, v in part.items()} for part in (weights, model.state_dict())]
-    if shapes[0] != shapes[1] or any(theirs[k] != ours[k] for k in ("n_head", "vocabulary")):
-        fail(f"--init_from={cfg.init_from} has other n_layer, n_head, n_embd, vocabulary or length")
-    return {"model": weights}
+    """What training starts from: a checkpoint (--resume), weights (--init_from), or nothing. "init"
+    are two fingerprints: how weights were made (an ARM's as an MDM's), and the weights' own."""
+    path, start = machine.checkpoint_path(cfg.out_dir, method), {"init": None}
+    if cfg.init_from:
+        theirs = machine.find_checkpoint(cfg.init_from, "arm" if "arm" in method else "mdm")
+        ours = vars(cfg) | {"vocabulary": dataclasses.asdict(data.vocabulary)}
+        alike = all(theirs[k] == ours[k] for k in ("n_layer", "n_head", "n_embd", "vocabulary"))
+        if not alike or theirs["weights"]["wpe"].shape[1] != data.test.shape[1]:
+            fail(f"--init_from={cfg.init_from}: other n_layer, n_head, n_embd, vocabulary, length")
+        how = str([theirs["seeds"][0], *(theirs[k] for k in description(cfg, "mdm", data))])
+        start["init"] = [machine.fingerprint(how), machine.fingerprint(*theirs["weights"].values())]
+        weights = theirs["weights"].items()
+        start["model"] = {k: v.repeat_interleave(len(seeds), 0) for k, v in weights}
+    if not (cfg.resume and os.path.exists(path)):
+        return start
+    theirs = machine.load_checkpoint(path)
+    ours = description(cfg, method, data) | {"seeds": seeds, "init": start["init"]}
+    differ = [(report.NAMES.get(k, k), theirs.get(k), v) for k, v in ours.items()]
+    differ = [f"--{k} ({was}, now {v})" for k, was, v in differ if was != v]
+    if differ:
+        fail(f"{path} had another {', '.join(differ):.300}: use that, or do without --resume")
+    return theirs["state"]
 
 
 def save_results(cfg, method, seeds, data, state, device):
@@ -369,16 +369,15 @@ def save_results(cfg, method, seeds, data, state, device):
     path, lines = os.path.join(cfg.out_dir, f"results{SHARE}.jsonl"), []
     B = cfg.batch_size * (2 if "batch2" in method else 1)
     tokens = (state["step"] * B * mdm.n_masks(method) + state["pilot"]) * data.test.shape[1]
-    settings = description(cfg, method, seeds, data) | {"steps": state["steps"], "batch_size": B}
-    del settings["seeds"], settings["vocabulary"], settings["data"]
+    settings = description(cfg, method, data) | {"steps": state["steps"], "batch_size": B}
     for s, seed in enumerate(seeds):
-        curve = [{k: v[s] for k, v in point.items() if k != "step"} for point in state["curve"]]
-        scores = {k: v for k, v in curve[-1].items() if k != "loss"}
-        curve = [{"step": at["step"], **point} for at, point in zip(state["curve"], curve)]
+        curve = [{k: v if k == "step" else v[s] for k, v in at.items()} for at in state["curve"]]
+        scores = {k: v for k, v in curve[-1].items() if k not in ("step", "loss")}
         if isinstance(data, text.Text):
             scores["bits_per_char"] = scores["nll"] / data.chars_per_token / math.log(2)
         line = {
-            "method": method, "seed": seed, **settings, **scores, "n_test": len(data.test),
+            "method": method, "seed": seed, "dataset": cfg.dataset, "init_from": cfg.init_from,
+            "init": state["init"], **settings, **scores, "n_test": len(data.test),
             "diverged": int(state["diverged"][s]) or None, "passes": n_passes(method),
             "clipped_steps": state["clipped"][s].item() / state["step"], "forward_tokens": tokens,
             "seconds": round(state["seconds"], 2), "seeds_trained_together": len(seeds),
@@ -424,8 +423,9 @@ def compare(cfg, methods, seeds, data, device):
     for method, state in states.items():
         rest = () if state.get("done") else train(cfg, method, seeds, data, device, state)
         for state in rest:
-            content = description(cfg, method, seeds, data) | {"state": state}
-            machine.save_checkpoint(cfg.out_dir, method, content)
+            content = {"seeds": seeds, "init": state["init"], "dataset": cfg.dataset,
+                       "vocabulary": dataclasses.asdict(data.vocabulary), "state": state}
+            machine.save_checkpoint(cfg.out_dir, method, description(cfg, method, data) | content)
             left[method] = n_passes(method) * (1 - state["step"] / state["steps"])
             elapsed, todo = time.perf_counter() - began, sum(left.values())
             eta, point = int(elapsed * todo / (at_first - todo)), state["curve"][-1]

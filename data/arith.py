@@ -6,9 +6,8 @@
     mix3            007+042=0049             like add3, with 1, 2 or 3 digits: to pretrain on
 
 Up to the first `=` it is the prompt; the rest is the response, which alone is masked, generated and
-scored. Training and test problems are disjoint and the same in every run. (But 47*86 may be in one
-and 86*47 in the other: nearly always in the small mul2, rarely in add3.) A few are printed by
-`python -m data.arith add3`.
+scored. Training and test problems are disjoint, and the same in every run (but of 47*86 and 86*47
+each may have one: usual in mul2, rare in add3). `python -m data.arith add3` prints a few.
 """
 import sys
 import zlib
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from data import machine
 from data.text import Vocabulary
 
 DATASETS = ["add2", "add3", "add4", "add5", "mul2", "sum4", "sum5", "sum6", "sum7", "sum8", "mix3"]
@@ -43,7 +43,7 @@ class Arithmetic:
 
     @property
     def fingerprint(self):
-        return zlib.crc32(self.train.numpy())
+        return machine.fingerprint(self.train, self.vocabulary.items)
 
     @property
     def structural(self):

@@ -17,12 +17,14 @@ def write(out_dir, groups):
         from matplotlib import rc_context
     except ImportError:
         return "no figures: they need matplotlib (pip install matplotlib)"
-    figures = {}
+    figures, alike = {}, {}
     with rc_context(STYLE):
         for i, results in enumerate(groups):
             figures[f"seeds{i + 1 if i else ''}.png"] = seeds(results)
-        if len({report.batch_size(results) for results in groups}) > 1:
-            figures["batches.png"] = batches(groups)
+            alike.setdefault(report.heading(results, but="batch_size"), []).append(results)
+        several = [part for part in alike.values() if len(set(map(report.batch_size, part))) > 1]
+        for i, part in enumerate(several):
+            figures[f"batches{i + 1 if i else ''}.png"] = batches(part)
         for name, figure in figures.items():
             figure.savefig(os.path.join(out_dir, name), dpi=130, bbox_inches="tight")
     return "figures: " + ", ".join(os.path.join(out_dir, name) for name in figures)

@@ -5,16 +5,18 @@ of its own, such as OUT_DIR/METHOD/ckpt.1of2.pt (one process alone: ckpt.pt).
 """
 import contextlib
 import glob
+import hashlib
 import json
 import os
 import sys
 
 import filelock
+import numpy as np
 import torch
 
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 SHARE = "" if WORLD_SIZE == 1 else f".{RANK + 1}of{WORLD_SIZE}"
-VERSION = 3  # of checkpoints, and of the model in them
+VERSION = 4  # of checkpoints, and of the model in them
 
 
 def fail(message):
@@ -35,6 +37,15 @@ def pick_device(name):
     except (RuntimeError, AssertionError, NotImplementedError, ZeroDivisionError):
         fail(f"--device={name} cannot be used here; leave it out to take the best there is")
     return name
+
+
+def fingerprint(*parts):
+    """What a run is made from is known by this, not by its name: 8 hex digits of the content of
+    tensors, arrays, lists or text."""
+    content = hashlib.sha256()
+    for part in parts:
+        content.update(np.ascontiguousarray(part).tobytes())
+    return content.hexdigest()[:8]
 
 
 def write(path, save):
@@ -103,14 +114,17 @@ def load_checkpoint(path):
 
 
 def find_checkpoint(out_dir, method, seed=None):
-    """A method's newest checkpoint (with that seed), from any share."""
+    """A method's newest checkpoint (with that seed), from any share; "weights" has one row for each
+    parameter, of that seed or else the first."""
     paths = glob.glob(os.path.join(glob.escape(out_dir), method, "ckpt*.pt"))
     seeds = []
     for path in sorted(paths, key=os.path.getmtime, reverse=True):
         checkpoint = load_checkpoint(path)
         seeds += checkpoint["seeds"]
-        if seed is None or seed in seeds:
-            return checkpoint
+        if seed is None or seed in checkpoint["seeds"]:
+            s = checkpoint["seeds"].index(seed) if seed is not None else 0
+            weights = {k: v[s : s + 1] for k, v in checkpoint["state"]["model"].items()}
+            return checkpoint | {"weights": weights}
     if seeds:
         fail(f"--seed={seed} of {method} is not in {out_dir}; there are {seeds}")
     fail(f"there is no checkpoint of {method} in {out_dir}: train it, or check --out_dir")

@@ -70,7 +70,8 @@ def between_and_within(x):
 OUTCOME = """accuracy nll nll_se bits_per_char bits_per_char_se diverged clipped_steps n_test passes
     forward_tokens seconds seeds_trained_together n_params torch device curve eval_every""".split()
 OWN = ("ppots_", "isad_")  # settings that are one method's own
-HEADING = "dataset steps batch_size n_layer n_embd lr grad_clip eps init_from n_train"
+NAMES = {"data": "dataset", "init": "init_from"}  # fingerprints, and what people call these
+HEADING = "dataset data steps batch_size n_layer n_embd lr grad_clip eps init_from n_train".split()
 
 
 def read_lines(path):
@@ -84,8 +85,16 @@ def read_lines(path):
     return [line for line in lines if isinstance(line, dict)]
 
 
+def made_from(line):
+    """What a line's run was made from: its settings, and the fingerprints of its data and of the
+    weights it started from, not their names. A line of an older version has nothing but names."""
+    model = line.get("init_from")
+    old = {"data": [line.get("dataset")], "init": [model, model] if model else None}
+    return {k: v for k, v in (old | line).items() if k not in {*OUTCOME, *NAMES.values()}}
+
+
 def run_key(line):
-    return json.dumps({k: v for k, v in line.items() if k not in OUTCOME}, sort_keys=True)
+    return json.dumps(made_from(line), sort_keys=True)
 
 
 def read_results(out_dir):
@@ -116,27 +125,42 @@ def steps_to(row, accuracy=0.9):
 
 def groups(lines):
     """Results that can be compared: a list of {method: lines by seed}, one for each setting of all
-    but the method and which model is fine-tuned. The same method with other settings of its own
-    has these after its name."""
+    but the method. Fine-tunings of several models are one sample if all had the same methods, else
+    each model has its own. An ARM goes with MDMs whose pretraining differs in nothing else. The
+    same method with other settings of its own has these after its name."""
+    made, found, pools, result = [made_from(line) for line in lines], {}, {}, []
+    mdm = {of["init"][0]: of["init"] for of in made if of["init"] and "arm" not in of["method"]}
+    for line, setting in zip(lines, made):
+        method, start = setting.pop("method"), setting.pop("init")
+        if start and "arm" in method:
+            start = mdm.get(start[0], start)
+        own = tuple((k, setting.pop(k)) for k in sorted(setting) if k.startswith(OWN))
+        setting["steps"] //= 2 if "steps2" in method else 1
+        setting |= {"seed": 0, "batch_size": batch_size({method: [line]}), "tuned": bool(start)}
+        group = found.setdefault((json.dumps(setting, sort_keys=True), str(start)), {})
+        group.setdefault((method, own), []).append(line | {"start": start})
+    for (setting, _), group in found.items():
+        pool = pools.setdefault((setting, *sorted(group)), {})
+        for variant, rows in group.items():
+            pool[variant] = sorted(pool.get(variant, []) + rows, key=run)
+    for pool in pools.values():
+        result.append({})
+        for (method, own), rows in pool.items():
+            first = min(other for name, other in pool if name == method)
+            result[-1][method + "".join(f" {v}" for k, v in own if (k, v) not in first)] = rows
+    return result
+
+
+def changes(lines):
+    """A line for each name that did not mean the same data or weights in all of these results."""
     found = {}
     for line in lines:
-        own = {k: v for k, v in line.items() if k.startswith(OWN)}
-        setting = {k: v for k, v in line.items() if k not in {*OUTCOME, "method", "seed", *own}}
-        setting["steps"] //= 2 if "steps2" in line["method"] else 1
-        setting["batch_size"] = batch_size({line["method"]: [line]})
-        setting["init_from"] = bool(line.get("init_from"))
-        group = found.setdefault(json.dumps(setting, sort_keys=True), {})
-        variants = group.setdefault(line["method"], {})
-        variants.setdefault(json.dumps(own, sort_keys=True), []).append(line)
-    result = []
-    for group in found.values():
-        result.append({})
-        for name, variants in group.items():
-            first = json.loads(min(variants))
-            for own, rows in sorted(variants.items()):
-                other = [f" {v}" for k, v in json.loads(own).items() if v != first.get(k)]
-                result[-1][name + "".join(other)] = sorted(rows, key=run)
-    return result
+        for key, name in NAMES.items():
+            if line.get(name):
+                label = f"{name} {line[name]}", key == "init" and "arm" in line["method"]
+                found.setdefault(label, set()).add(str(line.get(key, "not recorded")))
+    return [f"{label} changed between these runs, which are kept apart: {', '.join(sorted(of))}"
+            for (label, _), of in found.items() if len(of) > 1]
 
 
 def batch_size(results):
@@ -145,16 +169,16 @@ def batch_size(results):
     return row["batch_size"] // (2 if "batch2" in method else 1)
 
 
-def heading(results):
-    """What the runs of a group have in common."""
-    row = next(iter(results.values()))[0]
-    models = sorted({row.get("init_from", "") for rows in results.values() for row in rows})
-    row, names = row | {"init_from": " ".join(models)}, HEADING.split()
-    return f"{row['method']}: " + ", ".join(f"{k} {row[k]}" for k in names if row.get(k))
+def heading(results, but=""):
+    """What the runs of a group have in common, `but` left out."""
+    every = [row for rows in results.values() for row in rows]
+    models = [f"{row['init_from']} ({row['start'][1]})" for row in every if row.get("start")]
+    row = every[0] | {"init_from": " ".join(dict.fromkeys(models)), but: None}
+    return f"{row['method']}: " + ", ".join(f"{k} {row[k]}" for k in HEADING if row.get(k))
 
 
 def run(row):
-    return row.get("init_from", ""), row["seed"]
+    return str(row.get("start")), row["seed"]
 
 
 def same_seeds(results, a, b):
@@ -222,7 +246,7 @@ def nested(results):
     for name, rows in results.items():
         parts = {}
         for row in rows:
-            parts.setdefault(row.get("init_from"), []).append(row)
+            parts.setdefault(run(row)[0], []).append(row)
         x = [column(part, key) for part in parts.values()]
         if len(x) > 1 and len(set(map(len, x))) == 1 < len(x[0]):
             cells = ["{:.3f} [{:.3f},{:.3f}]".format(*sd) for sd in between_and_within(np.array(x))]
@@ -263,6 +287,7 @@ def main(out_dir, baseline):
     lines = read_results(out_dir)
     if not lines:
         fail(f"there are no results in {out_dir}: train something first, or check --out_dir")
+    print(*changes(lines), sep="\n")
     for results in groups(lines):
         if baseline not in results:
             print(f"--baseline={baseline} is not among these, {', '.join(results)}:")

@@ -9,11 +9,12 @@ import hashlib
 import os
 import sys
 import urllib.request
-import zlib
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from data import machine
 
 CHAR_RNN = "https://raw.githubusercontent.com/karpathy/char-rnn/master/"
 SHAKESPEARE = CHAR_RNN + "data/tinyshakespeare/input.txt"
@@ -59,7 +60,7 @@ class Text:
     test: torch.Tensor  # (n_blocks, T) int64
     counts: np.ndarray  # (V,) how often each token occurs in the training text
     chars_per_token: float  # in the responses of the validation blocks
-    fingerprint: int  # checksum of all tokens
+    fingerprint: str  # of all tokens
     prompt_len: int = 1
     structural = ()  # of symbols for SyRM
 
@@ -78,8 +79,7 @@ class Text:
 
     def describe(self):
         sample = self.decode(self.stream[:40])
-        kinds = len(self.vocabulary)
-        return f"{len(self.stream):,} training tokens of {kinds} kinds, as in {sample!r}"
+        return f"{len(self.stream):,} tokens to train on, {len(self.vocabulary)} kinds: {sample!r}"
 
 
 def bpe(name):
@@ -127,8 +127,8 @@ def make(path, block_size, tokenizer="char", name=None):
     test = test[spread].long()
     counts = np.bincount(ids[:split], minlength=len(vocabulary))
     per_token = len(vocabulary.decode(test[:, 1:].flatten())) / test[:, 1:].numel()
-    stream = torch.from_numpy(ids[:split])
-    return Text(name or path, vocabulary, stream, test, counts, per_token, zlib.crc32(ids))
+    stream, known_by = torch.from_numpy(ids[:split]), machine.fingerprint(ids, vocabulary.items)
+    return Text(name or path, vocabulary, stream, test, counts, per_token, known_by)
 
 
 def shakespeare(directory=os.path.dirname(os.path.abspath(__file__))):

@@ -104,9 +104,7 @@ def measure(cfg, methods, seeds, data, device, build):
             if out_dir:
                 base = "arm" if method == "arm" else "mdm"
                 found = machine.find_checkpoint(out_dir, base, seed if at == "end" else None)
-                s = found["seeds"].index(seed) if at == "end" else 0
-                weights = {k: v[s : s + 1] for k, v in found["state"]["model"].items()}
-                model.load_state_dict(weights)
+                model.load_state_dict(found["weights"])
             loss, gradient = row_of(cfg, method, fit, model, data, pos, seed, known)
             passes = mdm.n_masks(method) * (2 if "batch2" in method else 1)
             name = f"{method} ({fit})" if fit else method

@@ -101,21 +101,15 @@ def test_fetching_shakespeare(tmp_path, monkeypatch):
     """What arrives whole is kept, what does not is not; without network an alternative is named."""
     play = b"To be, or not to be\n" * 50
     monkeypatch.setattr(text, "SHA256", text.hashlib.sha256(play).hexdigest())
-    for content in (None, play[:-1], play):
-        def urlopen(*_, **__):
-            if content is None:
-                raise OSError("no network")
-            return io.BytesIO(content)
-
-        monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-        if content == play:
-            assert open(text.shakespeare(tmp_path), "rb").read() == play
-        else:
-            with pytest.raises(ValueError, match="a text of yours"):
-                text.shakespeare(tmp_path)
-            assert not list(tmp_path.iterdir())
-    monkeypatch.setattr(urllib.request, "urlopen", lambda *_: 1 / 0)
-    text.shakespeare(tmp_path)  # once is enough
+    arrivals = [lambda: open(tmp_path / "no network"), lambda: io.BytesIO(play[:-1])]
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: arrivals.pop(0)())
+    while arrivals:
+        with pytest.raises(ValueError, match="a text of yours"):
+            text.shakespeare(tmp_path)
+        assert not list(tmp_path.iterdir())
+    arrivals.append(lambda: io.BytesIO(play))
+    for _ in range(2):  # once is enough
+        assert open(text.shakespeare(tmp_path), "rb").read() == play
     write(tmp_path / "input.txt", play[:-1])
     with pytest.raises(ValueError, match="damaged"):
         text.shakespeare(tmp_path)

@@ -27,13 +27,8 @@ def test_arm_and_mdm_differ_only_by_causality():
     before = torch.arange(T - 1)
     assert torch.equal(arm(idx, before), arm(changed, before))  # the future changes nothing
     assert (model(idx, before) - model(changed, before)).abs().amax((0, 1, 3)).min() > 1e-3
-
-
-@pytest.mark.parametrize("causal", [False, True])
-def test_asking_for_some_positions_changes_nothing(causal):
-    model, idx = make(causal), torch.randint(V, (3, 2, T))
-    everywhere = model(idx, torch.arange(T))
-    torch.testing.assert_close(model(idx, POS), everywhere[:, :, POS], rtol=1e-5, atol=1e-5)
+    for net in (arm, model):  # and what else is asked for changes nothing
+        torch.testing.assert_close(net(idx, POS[:2]), net(idx, before)[:, :, POS[:2]])
 
 
 def test_sample_gradients_are_autograd():

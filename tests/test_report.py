@@ -43,10 +43,12 @@ def test_groups_hold_what_can_be_compared():
     first, second = report.groups(lines)
     assert list(first) == ["mdm", "mdm_batch2", "mdm_steps2", "ppots", "ppots grid"]
     assert list(second) == ["arm"] and "dataset add3" in report.heading(first)
-    tuned = [line(seed=s, accuracy=s / 9, init_from=a) for a in "ab" for s in (1, 2)]
+    tuned = [line(m, s, s / 9, init_from=a, init=[a, m + a], data="1")
+             for a in "ab" for s in (1, 2) for m in ("arm", "mdm")]  # fmt: skip
     (both,) = report.groups(tuned)  # seeds of two pretrainings are one sample
-    assert len(both["mdm"]) == 4 and "init_from a b" in report.heading(both)
+    assert len(both["mdm"]) == 4 and "init_from a (mdma) b (mdmb)" in report.heading(both)
     assert "0.167 0.167" in report.nested(both) and report.nested(first) == ""
+    assert len(report.same_seeds(both, "arm", "mdm")[0]) == 4
 
 
 def test_a_lost_seed_counts_as_the_worst():

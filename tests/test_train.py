@@ -3,6 +3,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +18,16 @@ import sample
 import train
 from data import machine
 
-ROOT = Path(__file__).parent.parent
+TRAIN = Path(train.__file__)
 FLAGS = """--dataset=add2 --steps=6 --batch_size=8 --n_layer=1 --n_head=2 --n_embd=16 --eval_every=3
     --ppots_refits=2 --device=cpu""".split()
 METHODS = """arm mdm ppots_mirror exactk_strats_mirror ppots_strats syrm ema isad multi2 mdm_batch2
     mdm_steps2""".split()
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
 def settings(*flags):
@@ -60,12 +66,12 @@ def test_equal_runs_are_equal_to_the_bit_and_evaluation_leaves_them_alone():
 
 @pytest.mark.parametrize("method", ["mdm", "ppots_mirror", "ema", "exactk_strats"])
 @pytest.mark.parametrize("at", [1, 3, 5])
-def test_stopped_and_continued_is_uninterrupted(method, at, tmp_path):
+def test_stopped_and_continued_is_uninterrupted(method, at):
     cfg, data = settings("--eval_every=1")
     for state in train.train(cfg, method, [42, 7], data):
         if state["step"] == at:
-            torch.save(state, tmp_path / "state.pt")
-    stopped = torch.load(tmp_path / "state.pt", weights_only=True)
+            torch.save(state, "state.pt")
+    stopped = torch.load("state.pt", weights_only=True)
     *_, resumed = train.train(cfg, method, [42, 7], data, state=stopped)
     assert same(resumed, state) and resumed["curve"] == state["curve"]
     assert resumed["pilot"] == state["pilot"] and torch.equal(resumed["clipped"], state["clipped"])
@@ -173,12 +179,11 @@ def lines_of(path, drop=()):
     return [{k: v for k, v in line.items() if k not in drop} for line in lines]
 
 
-def test_end_to_end(tmp_path, capsys):
-    out = tmp_path / "out put"
-    flags = [*FLAGS, f"--out_dir={out}"]
+def test_end_to_end(capsys):
+    out, flags = Path("out put"), [*FLAGS, "--out_dir=out put"]
     assert train.main([*flags, "--method=arm,mdm,pposts_mirror", "--variance"]) == 0
     text, words = capsys.readouterr().out, ["points of accuracy", "ETA", "gradient"]
-    assert all(word in text for word in [*words, f"--out_dir='{out}'"])
+    assert all(word in text for word in [*words, "--out_dir='out put'"])
     lines = lines_of(out / "results.jsonl")
     asked = [(m, s) for m in ("arm", "mdm", "ppots_mirror") for s in train.PAPER_SEEDS]
     assert [(x["method"], x["seed"]) for x in lines] == asked
@@ -188,13 +193,13 @@ def test_end_to_end(tmp_path, capsys):
     assert {row["at"] for row in rows} == {"initialisation", "end"} and rows[0]["method"] == "arm"
 
     for method, seed in (("pposts_mirror", 731), ("arm", 42), ("mdm", 20231)):
-        args = [f"--out_dir={out}", f"--method={method}", f"--seed={seed}", "--device=cpu"]
+        args = ["--out_dir=out put", f"--method={method}", f"--seed={seed}", "--device=cpu"]
         assert sample.main([*args, "--prompt=12+34=", "--prompt=99+01="]) == 0
         answers = capsys.readouterr().out.splitlines()
         assert [a[:6] for a in answers] == ["12+34=", "99+01="]
         assert all(len(a) == 9 and "_" not in a for a in answers)
-        (tmp_path / "prompts.txt").write_text("12+34=\n99+01=\n", encoding="utf-8")
-        assert sample.main([*args, f"--file={tmp_path / 'prompts.txt'}", "--show"]) == 0
+        Path("prompts.txt").write_text("12+34=\n99+01=\n", encoding="utf-8")
+        assert sample.main([*args, "--file=prompts.txt", "--show"]) == 0
         shown = capsys.readouterr().out.splitlines()
         assert [s.count("_") for s in shown[::2]] == [3, 2, 1, 0] and shown[-2:] == answers
     assert sample.main([*args, "--prompt=12+34=_5", "--steps=1", "--show"]) == 0
@@ -208,70 +213,62 @@ def test_end_to_end(tmp_path, capsys):
     assert " step " not in capsys.readouterr().out  # nothing is trained again
 
 
-def test_resume_after_kill_9(tmp_path):
+def test_resume_after_kill_9():
     """At random moments, with a checkpoint after every step, a run loses nothing."""
     flags = [*FLAGS, "--steps=25", "--eval_every=1", "--method=mdm,ppots_mirror", "--seeds=1,2"]
     flags, rng = [*flags, "--resume"], random.Random(0)
     for _ in range(2):
-        command = [sys.executable, ROOT / "train.py", *flags, f"--out_dir={tmp_path / 'out'}"]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, TRAIN, *flags], stdout=subprocess.PIPE)
         for _ in range(rng.randrange(2, 20)):  # lines, one after each checkpoint
             process.stdout.readline()
         time.sleep(rng.uniform(0, 0.03))
         process.kill()
         process.communicate()
     for name in ("out", "ref"):
-        assert train.main([*flags, f"--out_dir={tmp_path / name}"]) == 0
-    a, b = (lines_of(tmp_path / name / "results.jsonl", {"seconds"}) for name in ("out", "ref"))
-    assert a == b and len(a) == 4 and not list(tmp_path.glob("**/*.tmp"))
+        assert train.main([*flags, f"--out_dir={name}"]) == 0
+    a, b = (lines_of(Path(name, "results.jsonl"), {"seconds"}) for name in ("out", "ref"))
+    assert a == b and len(a) == 4 and not list(Path().glob("**/*.tmp"))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C in another way")
-def test_ctrl_c_says_how_to_go_on_and_a_second_run_is_turned_away(tmp_path, capsys):
-    flags = [*FLAGS, "--steps=100000", "--eval_every=10", "--method=mdm", f"--out_dir={tmp_path}"]
-    command = [sys.executable, ROOT / "train.py", *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def test_ctrl_c_says_how_to_go_on_and_a_second_run_is_turned_away(capsys):
+    flags = [*FLAGS, "--steps=100000", "--eval_every=10", "--method=mdm"]
+    process = subprocess.Popen([sys.executable, TRAIN, *flags], stdout=subprocess.PIPE, text=True)
     next(line for line in process.stdout if " step " in line)
     assert "in use" in refused(capsys, train.main, *flags)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "--resume" in out.splitlines()[-1]
-    step = machine.find_checkpoint(tmp_path, "mdm")["state"]["step"]
+    step = machine.find_checkpoint("out", "mdm")["state"]["step"]
     assert step > 0 and step % 10 == 0
 
 
-def test_what_is_wrong_is_one_line(tmp_path, capsys, monkeypatch):
+def test_what_is_wrong_is_one_line(capsys, monkeypatch):
     for flag in """--method=nonsense --method=arm_mirror --method= --dataset=add9 --lr=x --seeds=1,1
             --seeds=-1 --n_seeds=-1 --steps=0 --lr=-1 --eps=1 --n_embd=63 --ppots_fit=f --ste=5
             --device=moon --nonsense=1 --method=isad --isad_tokens=x --n_train=10000000 --variance
-            --init_from=nowhere --dataset=tests --method=lowdisc --method=exactk_ppots""".split():
-        flags = [f for f in FLAGS if flag.split("=")[0] not in f]
-        args = [*flags, f"--out_dir={tmp_path}", flag]
-        args += ["--method=arm"] if flag == "--variance" else []
-        refused(capsys, train.main, *args)
-    refused(capsys, train.main, "--report", f"--out_dir={tmp_path}")
-    (tmp_path / "file").write_text("")
-    refused(capsys, train.main, *FLAGS, f"--out_dir={tmp_path / 'file' / 'out'}")
+            --init_from=nowhere --dataset=. --method=lowdisc --method=exactk_ppots""".split():
+        refused(capsys, train.main, *FLAGS, flag, *["--method=arm"] * (flag == "--variance"))
+    refused(capsys, train.main, "--report")
+    Path("file").write_text("")
+    refused(capsys, train.main, *FLAGS, "--out_dir=file/out")
     monkeypatch.setattr(train, "build", lambda *_: torch.empty(2**60))
-    assert "--n_embd" in refused(capsys, train.main, *FLAGS, f"--out_dir={tmp_path}")
+    assert "--n_embd" in refused(capsys, train.main, *FLAGS)
     monkeypatch.setattr(train, "build", lambda *_: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):  # a bug, not to be mistaken for it
-        train.main([*FLAGS, f"--out_dir={tmp_path}"])
+        train.main(FLAGS)
 
 
-def test_resume_and_sample_refuse_what_does_not_fit(tmp_path, capsys):
-    flags = [*FLAGS, f"--out_dir={tmp_path}", "--method=mdm", "--seeds=1"]
-    base = [f"--out_dir={tmp_path}", "--method=mdm"]
-    assert "no checkpoint" in refused(capsys, sample.main, *base, "--prompt=12+34=")
+def test_resume_and_sample_refuse_what_does_not_fit(capsys):
+    flags = [*FLAGS, "--method=mdm", "--seeds=1"]
+    assert "no checkpoint" in refused(capsys, sample.main, "--method=mdm", "--prompt=12+34=")
     assert train.main(flags) == 0
-    assert "--n_embd=16" in refused(capsys, train.main, *flags, "--n_embd=32", "--resume")
-    assert "--seeds=[1]" in refused(capsys, train.main, *flags, "--seeds=2", "--resume")
     assert train.main([*flags, "--ppots_fit=grid", "--resume"]) == 0  # no concern of this method's
     for args in (["--prompt=12+3x="], ["--prompt=12"], ["--prompt=12+34=0000"], ["--prompt=_2+34="],
                  [], ["--prompt=12+34=", "--seed=9"], ["--prompt=12+34=", "--steps=0"],
                  ["--file=/nonexistent"], ["--temperature=-1"], ["--method=x"]):  # fmt: skip
-        refused(capsys, sample.main, *base, *args)
-    ckpt = tmp_path / "mdm" / "ckpt.pt"
+        refused(capsys, sample.main, "--method=mdm", *args)
+    ckpt = Path("out/mdm/ckpt.pt")
     good = torch.load(ckpt, weights_only=True)
     bad = [ckpt.read_bytes()[:1000], b"not a checkpoint", b"", b"abc", b"soup", b"."]
     bad += [{"step": 3}, good | {"version": 1}, good | {"a class that is not torch's": Path("x")}]
@@ -280,55 +277,48 @@ def test_resume_and_sample_refuse_what_does_not_fit(tmp_path, capsys):
             ckpt.write_bytes(content)
         else:
             torch.save(content, ckpt)
-        assert "delete it" in refused(capsys, sample.main, *base, "--prompt=12+34=")
+        assert "delete it" in refused(capsys, sample.main, "--method=mdm", "--prompt=12+34=")
         assert "delete it" in refused(capsys, train.main, *flags, "--resume")
 
 
-def test_fine_tuning_and_until_nll(tmp_path, capsys):
+def test_fine_tuning_and_until_nll(capsys):
     """Every seed starts at the first seed of another run, which ended at the first evaluation that
     was good enough."""
-    flags = [f for f in FLAGS if "dataset" not in f]
-    before = [*flags, f"--out_dir={tmp_path / 'a'}", "--dataset=mix3", "--method=arm,mdm"]
-    before += ["--seeds=5,6", "--steps=300", "--eval_every=10", "--until_nll=2.2"]
+    before = [*FLAGS, "--out_dir=a", "--dataset=mix3", "--method=arm,mdm", "--seeds=5,6"]
+    before += ["--steps=300", "--eval_every=10", "--until_nll=2.2"]
     assert train.main(before) == 0 and train.main([*before, "--resume"]) == 0
-    curve = machine.find_checkpoint(tmp_path / "a", "arm")["state"]["curve"]
+    curve = machine.find_checkpoint("a", "arm")["state"]["curve"]
     nll = [sum(point["nll"]) / 2 for point in curve]
     assert len(nll) < 30 and nll[-1] <= 2.2 < min(nll[:-1])
-    start = machine.find_checkpoint(tmp_path / "a", "mdm")["state"]["model"]
-    fine = [*flags, f"--init_from={tmp_path / 'a'}", "--seeds=1,2,3", "--method=arm,ppots_mirror"]
-    assert train.main([*fine, f"--out_dir={tmp_path / 'b'}", "--dataset=add3", "--lr=1e-12"]) == 0
-    end = machine.find_checkpoint(tmp_path / "b", "ppots_mirror")["state"]["model"]
+    start = machine.find_checkpoint("a", "mdm")["state"]["model"]
+    fine = [*FLAGS, "--dataset=add3", "--init_from=a", "--seeds=1,2", "--method=arm,ppots_mirror"]
+    assert train.main([*fine, "--lr=1e-12"]) == 0
+    end = machine.find_checkpoint("out", "ppots_mirror")["state"]["model"]
     for k in start:
         torch.testing.assert_close(end[k], start[k][:1].expand_as(end[k]), rtol=0, atol=1e-9)
     for flag in ("--n_embd=32", "--n_layer=2", "--n_head=4", "--dataset=mul2", "--dataset=add4"):
         assert "--init_from" in refused(capsys, train.main, *fine, flag)
-    refused(capsys, train.main, *fine, f"--out_dir={tmp_path / 'a'}")  # would be overwritten
 
 
 TEXT = "".join(f"{i} green bottles hanging on the wall,\n" for i in range(300))
 
 
-def test_text_end_to_end(tmp_path, capsys):
+def test_text_end_to_end(capsys):
     """Every kind of method; then sample from nothing, go on from a beginning, fill in gaps."""
-    (tmp_path / "a.txt").write_text(TEXT, encoding="utf-8")
-    flags = [f for f in FLAGS if "dataset" not in f]
-    flags += [f"--out_dir={tmp_path / 'out'}", "--seeds=1,2"]
-    flags += [f"--dataset={tmp_path / 'a.txt'}", "--block_size=12", "--eval_every=20", "--steps=40"]
-    methods = "--method=arm,mdm,isad,ppots_mirror,exactk_strats"
-    assert train.main([*flags, methods, "--variance"]) == 0
+    Path("a.txt").write_text(TEXT, encoding="utf-8")
+    flags = [*FLAGS, "--dataset=a.txt", "--block_size=12", "--eval_every=20", "--steps=40"]
+    flags += ["--seeds=1,2", "--method=arm,mdm,isad,ppots_mirror,exactk_strats"]
+    assert train.main([*flags, "--variance"]) == 0
     assert "nats" in capsys.readouterr().out
-    for x in lines_of(tmp_path / "out" / "results.jsonl"):
+    for x in lines_of(Path("out/results.jsonl")):
         assert x["bits_per_char"] == pytest.approx(x["nll"] / 0.6931472) and x["nll"] < 4.2
         assert "accuracy" not in x and 0 < x["nll_se"] < 0.5 and x["nll"] < x["curve"][0]["nll"]
-    rows = lines_of(tmp_path / "out" / "variance.jsonl")
-    assert all("total_error" in row["gradient"] for row in rows)
-    assert train.main(["--report", f"--out_dir={tmp_path / 'out'}"]) == 0
-
-    base = [f"--out_dir={tmp_path / 'out'}", "--device=cpu"]
+    assert all("total_error" in row["gradient"] for row in lines_of(Path("out/variance.jsonl")))
+    assert train.main(["--report"]) == 0
 
     def ask(*args):
         capsys.readouterr()
-        assert sample.main([*base, *args]) == 0
+        assert sample.main(["--device=cpu", *args]) == 0
         return capsys.readouterr().out
 
     for method in ("arm", "mdm"):
@@ -336,52 +326,95 @@ def test_text_end_to_end(tmp_path, capsys):
         assert len(whole) == 12 + 1 and set(whole) <= set(TEXT)
         assert ask(f"--method={method}", "--temperature=1", "--sample_seed=1") != whole
         assert ask(f"--method={method}", "--prompt=12 gr").startswith("12 gr")
-    flags_of_steps = ["--prompt=12 gr", "--steps=3", "--show", "--order=random", "--mask_char=?"]
-    steps = ask("--method=mdm", *flags_of_steps)
+    shown = ["--prompt=12 gr", "--steps=3", "--show", "--order=random", "--mask_char=?"]
+    steps = ask("--method=mdm", *shown)
     assert [s.count("?") for s in steps.split("12 gr")[1:]] == [7, 4, 2, 0]
     filled = ask("--method=mdm", "--prompt=12 __een _")
     assert len(filled) == 11 and filled[:3] == "12 " and filled[5:9] == "een " and "_" not in filled
     assert len(ask("--method=mdm", "--length=5")) == 6
     for method, flag, word in [("mdm", "--prompt=Q", "'Q'"), ("arm", "--prompt=1_", "ARM"),
                                ("mdm", "--prompt=" + "1" * 13, "13 tokens")]:  # fmt: skip
-        assert word in refused(capsys, sample.main, *base, f"--method={method}", flag)
-    (tmp_path / "a.txt").write_text(TEXT.replace("wall", "hall"), encoding="utf-8")
-    assert "data=" in refused(capsys, train.main, *flags, "--method=mdm", "--resume")
+        assert word in refused(capsys, sample.main, f"--method={method}", flag)
     assert "syrm" in refused(capsys, train.main, *flags, "--method=syrm")
 
 
-def test_mdm_py_stands_alone(tmp_path):
+# A run is what it was made from, not what its path was called. Steps are runs of the plain MDM, or
+# what happens to files; then the last one is refused, or the report has these tables.
+START = [*FLAGS, "--block_size=12", "--method=mdm", "--seeds=1,2", "--steps=2"]
+RUNS = {"run": "--out_dir=o", "pre": "--out_dir=pre --method=arm,mdm",
+        "fine": "--init_from=pre --out_dir=o", "text": "--dataset=d.txt --out_dir=o"}  # fmt: skip
+MADE_FROM = {
+    "run; run --n_embd=32 --resume": "refused: --n_embd (16, now 32)",
+    "run; run --seeds=1 --resume": "refused: --seeds ([1, 2], now [1])",
+    "run --out_dir=a; mv a o; run --method=mdm,exactk --resume": "mdm exactk",
+    "run; forget; run --method=exactk": "mdm | exactk",  # an old file, without fingerprints
+    "run; fine --init_from=./o": "refused: overwritten",
+    "pre; fine; pre --seeds=7,8; fine --method=mdm,exactk --resume": "refused: --init_from (",
+    "pre; fine; pre --seeds=7,8; fine --method=arm,exactk": "mdm | arm exactk",
+    "pre; fine; cp pre p; fine --init_from=p --method=mdm,arm,exactk --resume": "mdm arm exactk",
+    "pre; pre --seeds=7,8 --out_dir=p; fine; fine --init_from=p": "mdm",
+    "text; edit; text --resume": "refused: --dataset (",
+    "text; edit; text --method=exactk": "mdm | exactk",
+    "text; text --dataset=./d.txt --method=mdm,exactk --resume": "mdm exactk",
+    "text; text --dataset=./d.txt --method=exactk,mdm": "mdm exactk",
+}
+
+
+@pytest.mark.parametrize("story, outcome", MADE_FROM.items())
+def test_a_run_is_what_it_was_made_from(story, outcome, capsys, monkeypatch):
+    monkeypatch.setattr("data.figures.write", lambda *_: "")
+    results, text = Path("o", "results.jsonl"), Path("d.txt")
+    text.write_text(TEXT, encoding="utf-8")
+    *steps, last = [step.split() for step in story.split("; ")]
+    for word, *args in steps:
+        if word == "edit":
+            text.write_text(TEXT.replace("w", "h"), encoding="utf-8")
+        elif word == "forget":
+            machine.write_lines(str(results), lines_of(results, drop={"data", "init"}))
+        elif word in ("cp", "mv"):
+            (shutil.move if word == "mv" else shutil.copytree)(*args)
+        else:
+            assert train.main([*START, *RUNS[word].split(), *args]) == 0
+    last = [*START, *RUNS[last[0]].split(), *last[1:]]
+    if outcome.startswith("refused"):
+        assert outcome.split(": ")[1] in refused(capsys, train.main, *last)
+        return
+    assert train.main(last) == 0
+    assert train.main(["--report", "--out_dir=o"]) == 0
+    tables = train.report.groups(lines_of(results))
+    assert " | ".join(map(" ".join, tables)) == outcome
+    assert capsys.readouterr().out.count("kept apart") == len(tables) - 1
+
+
+def test_mdm_py_stands_alone():
     """Copied anywhere, it runs and prints the table of variances."""
-    (tmp_path / "mdm.py").write_text((ROOT / "mdm.py").read_text("utf-8"), encoding="utf-8")
-    command = [sys.executable, "mdm.py"]
-    out = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    shutil.copy(mdm.__file__, ".")
+    out = subprocess.run([sys.executable, "mdm.py"], capture_output=True, text=True).stdout
     assert all(word in out for word in ("ppots_mirror", "exactk_mirror", "gradient", "arm"))
 
 
-def test_torchrun_shares_the_seeds(tmp_path, capsys):
+def test_torchrun_shares_the_seeds():
     """Three seeds over two processes; one dies, and each share goes on by --resume; over four."""
     flags = [*FLAGS, "--method=ppots_mirror,ema", "--eval_every=1"]
 
     def torchrun(name, n, *more):
-        run = ["-m", "torch.distributed.run", f"--nproc_per_node={n}", ROOT / "train.py", *flags]
-        command = [sys.executable, *run, f"--out_dir={tmp_path / name}", *more]
+        run = ["-m", "torch.distributed.run", f"--nproc_per_node={n}", TRAIN, *flags]
+        command = [sys.executable, *run, f"--out_dir={name}", *more]
         return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
-    assert train.main([*flags, f"--out_dir={tmp_path / 'one'}"]) == 0
-    wanted = {(x["method"], x["seed"]): x for x in lines_of(tmp_path / "one" / "results.jsonl")}
-    (tmp_path / "2" / "ema").mkdir(parents=True)
-    (tmp_path / "2" / "ema" / "ckpt.2of2.pt").write_bytes(b"")  # so that the second process fails
+    assert train.main([*flags, "--out_dir=one"]) == 0
+    wanted = {(x["method"], x["seed"]): x for x in lines_of(Path("one/results.jsonl"))}
+    Path("2/ema").mkdir(parents=True)
+    Path("2/ema/ckpt.2of2.pt").touch()  # so that the second process fails
     assert torchrun("2", 2, "--resume").returncode != 0
-    (tmp_path / "2" / "ema" / "ckpt.2of2.pt").unlink()
+    Path("2/ema/ckpt.2of2.pt").unlink()
     for n in (2, 4):
         done = torchrun(str(n), n, "--resume")
         assert done.returncode == 0, done.stderr
-        found = train.report.read_results(tmp_path / str(n))
-        assert len(found) == 6
-        assert len(list((tmp_path / str(n)).glob("results.*.jsonl"))) == min(n, 3)
+        found = train.report.read_results(str(n))
+        assert len(found) == 6 and len(list(Path(str(n)).glob("results.*.jsonl"))) == min(n, 3)
         for x in found:
             for c, d in zip(x["curve"], wanted[x["method"], x["seed"]]["curve"]):
                 assert c == pytest.approx(d, rel=1e-2)
     for seed in train.PAPER_SEEDS:
-        args = [f"--out_dir={tmp_path / '2'}", f"--seed={seed}", "--prompt=12+34=", "--device=cpu"]
-        assert sample.main(args) == 0
+        assert sample.main(["--out_dir=2", f"--seed={seed}", "--prompt=12+34="]) == 0
