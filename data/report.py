@@ -178,7 +178,7 @@ def heading(results, but=""):
 
 
 def run(row):
-    return str(row.get("start")), row["seed"]
+    return row["seed"], str(row.get("start"))
 
 
 def same_seeds(results, a, b):
@@ -246,7 +246,7 @@ def nested(results):
     for name, rows in results.items():
         parts = {}
         for row in rows:
-            parts.setdefault(run(row)[0], []).append(row)
+            parts.setdefault(run(row)[1], []).append(row)
         x = [column(part, key) for part in parts.values()]
         if len(x) > 1 and len(set(map(len, x))) == 1 < len(x[0]):
             cells = ["{:.3f} [{:.3f},{:.3f}]".format(*sd) for sd in between_and_within(np.array(x))]
