@@ -108,8 +108,8 @@ def measure(cfg, methods, seeds, data, device, build):
             loss, gradient = row_of(cfg, method, fit, model, data, pos, seed, known)
             passes = mdm.n_masks(method) * (2 if "batch2" in method else 1)
             name = f"{method} ({fit})" if fit else method
-            rows.append({"at": at, "seed": seed, "dataset": cfg.dataset, "method": name,
-                         "passes": passes, "loss": loss, "gradient": gradient})
+            rows.append({"at": at, "seed": seed, "dataset": cfg.dataset, "data": data.fingerprint,
+                         "method": name, "passes": passes, "loss": loss, "gradient": gradient})
             if time.perf_counter() - said > 10:
                 said, share = time.perf_counter(), len(rows) / (2 * len(runs))
                 eta = int((said - began) * (1 / share - 1))
