@@ -1,9 +1,8 @@
 """What a comparison's results say: statistics over seeds and tables. Trains nothing.
 
-Accuracies of a tiny model are near 0 or near 1, so nothing here assumes a normal law: intervals are
-95 % bootstrap intervals over seeds (percentiles of 10,000 resamples, always the same). Methods are
-compared seed by seed, on the same data and initial weights: for honesty, not for power, as the
-results of one seed under two methods are hardly correlated. No seed is left out."""
+Accuracies of a tiny model are near 0 or near 1, so intervals are 95 % bootstrap intervals over
+seeds (percentiles of 10,000 resamples, always the same); normal laws are assumed of pretrainings
+alone. Methods are compared on the same seeds: for honesty, not for power. None is left out."""
 import contextlib
 import glob
 import json
@@ -41,8 +40,7 @@ def sd_ratio(a, b):
 
 def interval(statistic, *samples):
     """95 % bootstrap interval of statistic(*samples), samples (n,), the same seeds in each."""
-    n = len(samples[0])
-    draws = np.random.default_rng(0).integers(0, n, (10_000, n))
+    draws = np.random.default_rng(0).integers(0, len(samples[0]), (10_000, len(samples[0])))
     values = statistic(*(x[draws] for x in samples))
     values = values[~np.isnan(values)]  # a ratio of nothing to nothing has no value
     if not len(values):
@@ -50,10 +48,16 @@ def interval(statistic, *samples):
     return tuple(np.quantile(values, [0.025, 0.975], method="inverted_cdf"))  # of infinities too
 
 
+def t_interval(x):
+    """The mean of x (n,) and its 95 % interval by Student's t."""
+    t = np.random.default_rng(0).standard_t(len(x) - 1, 1_000_000)
+    half = np.quantile(abs(t), 0.95) * sd(x) / len(x) ** 0.5
+    return x.mean(), x.mean() - half, x.mean() + half
+
+
 def between_and_within(x):
     """Analysis of variance of x (pretrainings, fine-tunings of each): the SD between pretrainings
-    and the SD within, each with its 95 % interval. Here alone normal laws are assumed: the interval
-    is that of draws in which each mean square is divided by a chi-square of its own."""
+    and that within, with 95 % intervals: of each mean square over draws of its chi-square."""
     G, n = x.shape
     df = np.array([G - 1, G * (n - 1)])
     squares = np.array([n * x.mean(1).var(ddof=1), x.var(1, ddof=1).mean()])
@@ -88,8 +92,8 @@ def read_lines(path):
 def made_from(line):
     """What a line's run was made from: its settings, and the fingerprints of its data and of the
     weights it started from, not their names. A line of an older version has nothing but names."""
-    model = line.get("init_from")
-    old = {"data": [line.get("dataset")], "init": [model, model] if model else None}
+    data, model = (f"unknown, {line.get(name)}" for name in NAMES.values())
+    old = {"data": data, "init": [model] * 2 if line.get("init_from") else None}
     return {k: v for k, v in (old | line).items() if k not in {*OUTCOME, *NAMES.values()}}
 
 
@@ -115,12 +119,6 @@ def column(rows, key):
 def score(results):
     """What methods are compared by: "accuracy", or "nll" for text."""
     return "accuracy" if "accuracy" in next(iter(results.values()))[0] else "nll"
-
-
-def steps_to(row, accuracy=0.9):
-    """The first evaluation at which a seed had this accuracy, in steps; infinite if none."""
-    there = [c["step"] for c in row["curve"] if (c["accuracy"] or 0) >= accuracy]
-    return min(there, default=math.inf)
 
 
 def groups(lines):
@@ -156,9 +154,8 @@ def changes(lines):
     found = {}
     for line in lines:
         for key, name in NAMES.items():
-            if line.get(name):
-                label = f"{name} {line[name]}", key == "init" and "arm" in line["method"]
-                found.setdefault(label, set()).add(str(line.get(key, "not recorded")))
+            label = f"{name} {line.get(name)}", key == "init" and "arm" in line["method"]
+            found.setdefault(label, set()).add(str(made_from(line)[key]))
     return [f"{label} changed between these runs, which are kept apart: {', '.join(sorted(of))}"
             for (label, _), of in found.items() if len(of) > 1]
 
@@ -202,10 +199,10 @@ def table(results, seeds=()):
         a = column(rows, key)
         cells = [f"{x:.3f}" for x in a] if few else [f"{sum(a >= 0.9)}/{len(a)}"] * len(head)
         line = f"{name:22}{rows[0]['passes']:^6}" + "".join(f"{cell:>11}" for cell in cells)
-        line += f"{a.mean():9.3f}" + (f"{sd(a):7.3f}" if len(a) > 1 else f"{'-':>7}")
-        line += f"{a.min():7.3f}{a.max():7.3f}{column(rows, 'nll').mean():8.3f}"
+        line += f"{a.mean():9.3f}{sd(a):7.3f}{a.min():7.3f}{a.max():7.3f}"
         clipped = [row.get("clipped_steps", math.nan) for row in rows]
-        lines.append(line + f"{np.mean(clipped):9.0%}{rows[0]['seconds']:9.1f}")
+        line += f"{column(rows, 'nll').mean():8.3f}{np.mean(clipped):9.0%}"
+        lines.append(line + f"{rows[0]['seconds']:9.1f}")
     lines.append("accuracy: whole response right; solved: .9 or more of these; nll: nats per token "
                  "(MDM: the bound)\nclipped: share of steps; seconds: all seeds together")
     for name, rows in results.items():
@@ -222,37 +219,41 @@ def statistics(results, key, baseline="mdm"):
         return f"{f(*samples):.3f} [{low:.3f},{high:.3f}]"
 
     head = ["mean", "SD", f"minus {baseline}", f"SD / {baseline}'s"]
-    lines = [f"{key:22}" + "".join(f"{h:>25}" for h in head) + "  to 90 %" * (key == "accuracy")]
+    lines = [f"{key:22}" + "".join(f"{h:>25}" for h in head)]
     for name, rows in results.items():
         a, cells = column(rows, key), ["-", "-"]
         pair = [column(part, key) for part in same_seeds(results, name, baseline)]
         if name != baseline and len(pair[0]):
             spread = pair if key == "accuracy" else np.log(pair)
             cells = [show(difference, *pair), show(sd_ratio, *spread)]
-        cells = [show(mean, a), show(sd, a), *cells]
-        line = f"{name:22}" + "".join(f"{cell:>25}" for cell in cells)
-        if key == "accuracy":
-            line += f"{np.median([steps_to(row) for row in rows]):9.0f}"
-        lines.append(line)
-    lines.append("[95 % bootstrap interval over seeds]; SD ratios of nll: those of log nll, as a "
-                 "spread of nll shrinks with the nll; to 90 %: median steps")
+        cells = "".join(f"{cell:>25}" for cell in [show(mean, a), show(sd, a), *cells])
+        lines.append(f"{name:22}{cells}")
+    lines.append("[95 % bootstrap interval over seeds]; SD / SD of nll: of log nll")
     return "\n".join(lines)
 
 
-def nested(results):
-    """Of several pretrainings, fine-tuned equally often: is it these that seeds differ by?"""
-    key = score(results)
-    lines = [f"{key:22}{'SD between pretrainings':>25}{'SD within':>25}   mean of each"]
+def nested(results, baseline="mdm"):
+    """Of several pretrainings, fine-tuned equally often: is it these that seeds differ by? And what
+    would new ones give: the mean against `baseline`'s, with the pretrainings as the sample."""
+    key, found = score(results), {}
     for name, rows in results.items():
         parts = {}
         for row in rows:
             parts.setdefault(run(row)[1], []).append(row)
         x = [column(part, key) for part in parts.values()]
         if len(x) > 1 and len(set(map(len, x))) == 1 < len(x[0]):
-            cells = ["{:.3f} [{:.3f},{:.3f}]".format(*sd) for sd in between_and_within(np.array(x))]
-            means = " ".join(f"{a.mean():.3f}" for a in x)
-            lines.append(f"{name:22}" + "".join(f"{cell:>25}" for cell in cells) + f"   {means}")
-    return "\n".join(lines) if len(lines) > 1 else ""
+            found[name] = dict(zip(parts, x))
+    head = f"{'SD between pretrainings':>25}{'SD within':>25}{f'minus {baseline} (by t)':>25}"
+    lines = [f"{key:22}{head}   mean of each"]
+    for name, parts in found.items():
+        rows = list(between_and_within(np.array([*parts.values()])))
+        if name != baseline and set(parts) == set(found.get(baseline, ())):
+            pairs = [(a, found[baseline][start]) for start, a in parts.items()]
+            rows.append(t_interval(np.array([difference(*pair) for pair in pairs])))
+        cells = ["{:.3f} [{:.3f},{:.3f}]".format(*row) for row in rows] + ["-"] * (3 - len(rows))
+        means = " ".join(f"{a.mean():.3f}" for a in parts.values())
+        lines.append(f"{name:22}" + "".join(f"{cell:>25}" for cell in cells) + f"   {means}")
+    return "\n".join(lines) if found else ""
 
 
 def verdict(results, ours="ppots_mirror", base="mdm"):
@@ -294,6 +295,6 @@ def main(out_dir, baseline):
         print(f"{heading(results)}\n\n{table(results)}\n")
         for key in ("accuracy", "nll") if score(results) == "accuracy" else ("nll",):
             print(f"{statistics(results, key, baseline)}\n")
-        print(f"{nested(results)}\n\n{verdict(results)}\n")
+        print(f"{nested(results, baseline)}\n\n{verdict(results)}\n")
     print(figures.write(out_dir, groups(lines)))
     return 0
