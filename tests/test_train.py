@@ -215,11 +215,11 @@ def test_end_to_end(capsys):
 
 def test_resume_after_kill_9():
     """At random moments, with a checkpoint after every step, a run loses nothing."""
-    flags = [*FLAGS, "--steps=25", "--eval_every=1", "--method=mdm,ppots_mirror", "--seeds=1,2"]
+    flags = [*FLAGS, "--steps=15", "--eval_every=1", "--method=mdm,ppots_mirror", "--seeds=1,2"]
     flags, rng = [*flags, "--resume"], random.Random(0)
     for _ in range(2):
         process = subprocess.Popen([sys.executable, TRAIN, *flags], stdout=subprocess.PIPE)
-        for _ in range(rng.randrange(2, 20)):  # lines, one after each checkpoint
+        for _ in range(rng.randrange(2, 12)):  # lines, one after each checkpoint
             process.stdout.readline()
         time.sleep(rng.uniform(0, 0.03))
         process.kill()
@@ -300,7 +300,7 @@ def test_fine_tuning_and_until_nll(capsys):
         assert "--init_from" in refused(capsys, train.main, *fine, flag)
 
 
-TEXT = "".join(f"{i} green bottles hanging on the wall,\n" for i in range(300))
+TEXT = "".join(f"{i} green bottles hanging on the wall,\n" for i in range(120))
 
 
 def test_text_end_to_end(capsys):
@@ -394,27 +394,27 @@ def test_mdm_py_stands_alone():
 
 
 def test_torchrun_shares_the_seeds():
-    """Three seeds over two processes; one dies, and each share goes on by --resume; over four."""
+    """Three seeds over two processes; one dies, and each share goes on by --resume."""
     flags = [*FLAGS, "--method=ppots_mirror,ema", "--eval_every=1"]
 
-    def torchrun(name, n, *more):
-        run = ["-m", "torch.distributed.run", f"--nproc_per_node={n}", TRAIN, *flags]
-        command = [sys.executable, *run, f"--out_dir={name}", *more]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    def torchrun():
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", TRAIN]
+        return subprocess.run([*command, *flags, "--resume"], stdout=subprocess.DEVNULL).returncode
 
     assert train.main([*flags, "--out_dir=one"]) == 0
     wanted = {(x["method"], x["seed"]): x for x in lines_of(Path("one/results.jsonl"))}
-    Path("2/ema").mkdir(parents=True)
-    Path("2/ema/ckpt.2of2.pt").touch()  # so that the second process fails
-    assert torchrun("2", 2, "--resume").returncode != 0
-    Path("2/ema/ckpt.2of2.pt").unlink()
-    for n in (2, 4):
-        done = torchrun(str(n), n, "--resume")
-        assert done.returncode == 0, done.stderr
-        found = train.report.read_results(str(n))
-        assert len(found) == 6 and len(list(Path(str(n)).glob("results.*.jsonl"))) == min(n, 3)
-        for x in found:
-            for c, d in zip(x["curve"], wanted[x["method"], x["seed"]]["curve"]):
-                assert c == pytest.approx(d, rel=1e-2)
+    Path("out/ema").mkdir(parents=True)
+    Path("out/ema/ckpt.2of2.pt").touch()  # so that the second process fails
+    assert torchrun() != 0
+    Path("out/ema/ckpt.2of2.pt").unlink()
+    assert torchrun() == 0
+    found = train.report.read_results("out")
+    assert len(found) == 6 and len(list(Path("out").glob("results.*.jsonl"))) == 2
+    for x in found:
+        for c, d in zip(x["curve"], wanted[x["method"], x["seed"]]["curve"]):
+            assert c == pytest.approx(d, rel=1e-2)
     for seed in train.PAPER_SEEDS:
-        assert sample.main(["--out_dir=2", f"--seed={seed}", "--prompt=12+34="]) == 0
+        assert sample.main([f"--seed={seed}", "--prompt=12+34="]) == 0
+    fourth = os.environ | {"RANK": "3", "WORLD_SIZE": "4"}  # for which there is no seed
+    assert subprocess.run([sys.executable, TRAIN, *flags], env=fourth).returncode == 0
+    assert len(list(Path("out").glob("results.*.jsonl"))) == 2
