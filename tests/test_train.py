@@ -300,7 +300,7 @@ def test_fine_tuning_and_until_nll(capsys):
         assert "--init_from" in refused(capsys, train.main, *fine, flag)
 
 
-TEXT = "".join(f"{i} green bottles hanging on the wall,\n" for i in range(120))
+TEXT = "".join(f"{i} green bottles hanging on the wall,\n" for i in range(60))
 
 
 def test_text_end_to_end(capsys):
