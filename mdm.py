@@ -125,7 +125,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """S transformers, one for each of the generators (on the CPU), from which it draws its weights.
+    """S transformers, the weights of each drawn from its own one of the generators (on the CPU).
     The embedding knows the mask token, the head cannot predict it."""
 
     def __init__(self, config, generators):
@@ -232,10 +232,9 @@ def epr(theta, t):
 
         p(t) ~ sqrt(v(t) + g(t)^2),    v = a t^c1 + b (1-t)^c2,    g = exp(d t^c3)
 
-    a, b, d > 0 and c1, c2, c3 > 1 are softplus(theta), the latter plus 1. OURS to note: EPR is
+    a, b, d > 0 are softplus(theta), c1, c2, c3 > 1 are 1 + softplus(theta). OURS to note: EPR is
     finite at t = 0, where (4) grows like (t + eps)^(-1/2), so the log(1/eps) survives (in
-    the table below down to its first cell, t < 6e-5).
-    """
+    the table below down to its first cell, t < 6e-5)."""
     a, b, d, c1, c2, c3 = F.softplus(theta).unsqueeze(-1).unbind(-2)
     v = a * t ** (1 + c1) + b * (1 - t) ** (1 + c2)
     g = torch.exp(d * t ** (1 + c3))
@@ -296,8 +295,7 @@ def mirror(r):
     ones, r and 1 - r: (2M, ..., n). p <= 1/2: no token is hidden twice; p >= 1/2: none is spared.
     Each mask alone is an ordinary one, so the mean of both losses is unbiased. With rho = E[Cov] /
     E[Var] of the two given x0 and t, A becomes A/2 * (1 + rho); rho <= 0 for the plain loss if one
-    more hidden token never lowers H. Fair controls: multi2 (independent masks), batch2, steps2.
-    """
+    more hidden token never lowers H. Fair controls: multi2 (independent masks), batch2, steps2."""
     return torch.cat([r, 1 - r])
 
 
@@ -325,7 +323,7 @@ def n_strata(batch_size):
 
 def isad(p, is_rare, delta=0.2):
     """ISAD: hide rare tokens with q = min(p + delta, 1), weight 1/q. Attacks A on these; one pass;
-    BIASED (OURS to note): all then see the other rare ones hidden more often than in (2).
+    BIASED (OURS to note): what a token is predicted from has more rare ones hidden than in (2).
     p (S, B, 1), is_rare (S, B, n) bool -> (S, B, n)."""
     return torch.where(is_rare, (p + delta).clamp(max=1), p)
 
@@ -353,6 +351,7 @@ def ema_baseline(loss, u, ema, step=0.01):
 # of words, `"mirror" in "ppots_mirror"`; plain ones are "mdm" and "arm". (Of ppots, exactk, clipped
 # never two, nor exactk and isad: train.py refuses these.) train.py does the rest: strats, ema,
 # batch2, steps2, and the paper's SyRM: symbols of the prompt are masked too, another objective.
+WORDS = "ppots exactk clipped isad strats mirror multi2 syrm ema batch2 steps2".split()
 
 
 def n_masks(method):
@@ -361,8 +360,7 @@ def n_masks(method):
 
 
 def rate(method, u, n, table=None, eps=1e-3, is_rare=None):
-    """u (S, B) in (0,1] -> p (S, B, 1), or (S, B, n) for isad, and the importance weight (S, B, 1).
-    Raises ValueError for ppots without a table, which ppots_table makes."""
+    """u (S, B) in (0,1] -> p (S, B, 1), for isad (S, B, n), and the importance weight (S, B, 1)."""
     p, importance = rate_to_p_mask(u, eps), torch.ones_like(u)
     if "ppots" in method:
         if table is None:
@@ -381,8 +379,10 @@ def rate(method, u, n, table=None, eps=1e-3, is_rare=None):
 
 def draw_masks(method, u, r, table=None, eps=1e-3, is_rare=None):
     """Any method's masks, bool, and weights, both (M, S, B, n): all that the loss needs.
-    u (S, B) uniform in (0,1]; r (1, S, B, n) uniform in [0,1), or (2, S, B, n) for multi2; for
-    ppots a table; for isad is_rare (S, B, n) bool."""
+    Uniform u (S, B) in (0,1], for strats from stratify; and r (1, S, B, n), multi2: (2, S, B, n);
+    for isad is_rare (S, B, n) bool; for ppots a table. ValueError: no table, or an unknown word."""
+    if not set(method.split("_")) <= {"mdm", *WORDS}:
+        raise ValueError(f"unknown method {method}: words joined by _ from mdm {' '.join(WORDS)}")
     n = r.shape[-1]
     p, importance = rate(method, u, n, table, eps, is_rare)
     if "exactk" in method:

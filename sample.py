@@ -88,8 +88,6 @@ def passage(model, vocabulary, ids, prompt):
     T, mask_id = model.config.block_size, len(vocabulary)
     if len(ids) > T - 1:
         fail(f"prompt '{prompt}' has {len(ids)} tokens, a block has {T - 1}: shorten it")
-    if model.config.causal and mask_id in ids:
-        fail(f"prompt '{prompt}' has gaps, and an ARM can only go on: use an MDM's --method")
     first = vocabulary.encode("\n") if "\n" in vocabulary.items else [0]
     return first + ids + [mask_id] * (T - 1 - len(ids))
 
@@ -108,6 +106,8 @@ def main(argv=None):
     model, vocabulary, dataset = load_model(args.out_dir, method, args.seed, device)
     prompts = args.prompt or [""]
     ids = [encode(vocabulary, prompt, args.mask_char) for prompt in prompts]
+    if model.config.causal and len(vocabulary) in sum(ids, []):
+        fail("there are gaps to fill, and an ARM can only go on: use an MDM's --method")
     if dataset in arith.DATASETS:
         data = arith.make(dataset)
         rows = [problem(data, *pair) for pair in zip(ids, prompts)]

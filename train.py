@@ -40,7 +40,7 @@ SETTINGS = [  # name, default, the reason for it (its --help) and, for a number,
     ("seeds", "", "seeds, separated by commas (default: the paper's 42,731,20231)"),
     ("n_seeds", 0, "or how many: the paper's three, then 0,1,2,...", 0, 1e5),
     ("dataset", "add3", f"{', '.join(arith.DATASETS)}; or shakespeare_char; or a text file"),
-    ("init_from", "", "fine-tune: another run's out_dir; from the first seed of its arm or mdm"),
+    ("init_from", "", "fine-tune: another run's out_dir; its newest arm or mdm, the first seed"),
     ("n_train", 0, "for scarce data: take only so many training problems (0: all)", 0, 1e9),
     ("n_test", 512, "arithmetic: held-out problems decoded at the end, at most", 1, 1e6),
     ("tokenizer", "char", "text: char, or a tiktoken encoding such as gpt2"),
@@ -69,7 +69,6 @@ SETTINGS = [  # name, default, the reason for it (its --help) and, for a number,
 ]
 TEXT_SETTINGS = {"n_layer": 4, "n_embd": 128, "batch_size": 12, "steps": 2000}  # nanoGPT's on a CPU
 PAPER_SEEDS = [42, 731, 20231]
-WORDS = "ppots exactk clipped isad strats mirror multi2 syrm ema batch2 steps2".split()
 CONFLICTS = ["ppots exactk", "ppots clipped", "exactk clipped", "exactk isad", "batch2 steps2"]
 
 
@@ -101,12 +100,12 @@ def parse_method(name):
     """The one spelling of a method: "mirror_pposts" -> "ppots_mirror"."""
     words = name.strip().lower().replace("pposts", "ppots").split("_")
     base = "arm" if "arm" in words else "mdm"
-    changes = [word for word in WORDS if word in words]
+    changes = [word for word in mdm.WORDS if word in words]
     estimator = set(changes) - {"batch2", "steps2"}
-    wrong = len(words) > len(set(words)) or not set(words) <= {base, *WORDS}
+    wrong = len(words) > len(set(words)) or not set(words) <= {base, *mdm.WORDS}
     clash = [pair for pair in CONFLICTS if set(pair.split()) <= set(changes)]
     if wrong or clash or (base == "arm" and estimator):
-        fail(f"unknown method '{name}': it is arm, mdm, or words joined by _ from {' '.join(WORDS)}"
+        fail(f"unknown method '{name}': arm, mdm, or words joined by _ from {' '.join(mdm.WORDS)}"
              f" (never together: {', '.join(CONFLICTS)}; with arm only batch2 or steps2)")
     return "_".join(changes if estimator else [base, *changes])
 
@@ -271,7 +270,7 @@ def clip_per_seed(params, alive, max_norm):
 
 def pilot_size(cfg, steps, rows, n):
     """P-POTS: the steps between measurements and the sequences X of each. A training step costs
-    three forward passes of its rows; a budget for less than 8 sequences is spent on fewer."""
+    three forward passes of its rows. If X would be less than 8, there are fewer measurements."""
     budget = cfg.ppots_budget * 3 * steps * rows / min(n, 16)
     refits = max(1, min(cfg.ppots_refits, int(budget / 8)))
     return math.ceil(steps / refits), max(8, int(budget / refits))
@@ -341,7 +340,7 @@ def description(cfg, method, data):
 
 def first_state(cfg, method, seeds, data):
     """What training starts from: a checkpoint (--resume), weights (--init_from), or nothing. "init"
-    are two fingerprints: how weights were made (an ARM's as an MDM's), and the weights' own."""
+    are fingerprints of how the weights were made (written as of an MDM) and of the weights."""
     path, start = machine.checkpoint_path(cfg.out_dir, method), {"init": None}
     if cfg.init_from:
         theirs = machine.find_checkpoint(cfg.init_from, "arm" if "arm" in method else "mdm")
@@ -441,7 +440,7 @@ def compare(cfg, methods, seeds, data, device):
     prompt = f" --prompt={prompt}" * isinstance(data, arith.Arithmetic)
     print(f"More of it: python train.py --report --out_dir={out_dir}\nAsk it: python sample.py "
           f"--out_dir={out_dir} --method={methods[-1]} --show{prompt}")
-    if cfg.variance:
+    if cfg.variance and RANK == 0:
         variance.measure(cfg, methods, seeds[:1], data, device, build)
     return 0
 

@@ -194,7 +194,7 @@ def table(results, seeds=()):
     key, few = score(results), 0 < len(seeds) <= 4
     head = [f"seed {seed}" for seed in seeds] if few else ["solved"] * (key == "accuracy")
     lines = [f"{'method':22}passes" + "".join(f"{h:>11}" for h in head)
-             + "     mean     SD    min    max     nll  clipped  seconds"]
+             + "     mean     SD    min    max     nll gradclip  seconds"]
     for name, rows in results.items():
         a = column(rows, key)
         cells = [f"{x:.3f}" for x in a] if few else [f"{sum(a >= 0.9)}/{len(a)}"] * len(head)
@@ -204,7 +204,7 @@ def table(results, seeds=()):
         line += f"{column(rows, 'nll').mean():8.3f}{np.mean(clipped):9.0%}"
         lines.append(line + f"{rows[0]['seconds']:9.1f}")
     lines.append("accuracy: whole response right; solved: .9 or more of these; nll: nats per token "
-                 "(MDM: the bound)\nclipped: share of steps; seconds: all seeds together")
+                 "(MDM: the bound)\ngradclip: share of clipped steps; seconds: all seeds together")
     for name, rows in results.items():
         for row in [row for row in rows if row.get("diverged")]:
             lines.append(f"{name}, seed {row['seed']}: not finite at step {row['diverged']}: worst")

@@ -261,13 +261,14 @@ def test_ppots_beats_uniform_rates(fit, toy):
             assert total < mdm.exact_variance("ppots", *K, N, other / other.sum())["total"]
 
 
-def test_no_rate_is_ever_given_up():
+def test_no_rate_is_ever_given_up_and_no_method_is_quietly_plain():
     """Even by a pilot that saw no loss at all: a probability 0 would be a bias."""
     for fit in ("epr", "grid"):
         table = mdm.ppots_table(torch.arange(1, N + 1), torch.zeros(1, 4, N), N, fit)
         assert torch.isfinite(table).all() and (table > 0).all()
-    with pytest.raises(ValueError, match="ppots_table"):
-        mdm.draw_masks("ppots", torch.rand(1, 2), torch.rand(1, 1, 2, N))
+    for method, word in [("ppots", "ppots_table"), ("pposts_mirror", "unknown")]:
+        with pytest.raises(ValueError, match=word):
+            mdm.draw_masks(method, torch.rand(1, 2), torch.rand(1, 1, 2, N))
 
 
 # ---- MIRROR and the rest
@@ -355,9 +356,8 @@ def test_the_readmes_fine_tuning_runs_as_it_stands(toy):
     model, x0, _, H, _ = toy
     readme = (Path(mdm.__file__).parent / "README.md").read_text("utf-8")
     (code,) = [c for c in re.findall("```python\n(.*?)```", readme, re.S) if "def " in c]
-    names = {"torch": torch, "F": torch.nn.functional, "n": N, "B": 20_000, "mask_id": 3}
+    names = {"pilot": x0, "x0": x0.repeat(5000, 1), "n": N, "B": 20_000, "mask_id": 3}
     names |= {"model": lambda xt: model(xt[None], torch.arange(T))[0]}
-    names |= {"pilot": x0, "x0": x0.repeat(5000, 1)}
     exec(code, names)
     losses = mdm.mdm_loss(names["nll"].detach(), names["mask"], names["weight"]).mean(0)
     wanted = (H[..., 0] @ objective(1e-3)).mean()

@@ -260,14 +260,14 @@ def test_what_is_wrong_is_one_line(capsys, monkeypatch):
 
 
 def test_resume_and_sample_refuse_what_does_not_fit(capsys):
-    flags = [*FLAGS, "--method=mdm", "--seeds=1"]
+    flags = [*FLAGS, "--method=mdm,arm", "--seeds=1"]
     assert "no checkpoint" in refused(capsys, sample.main, "--method=mdm", "--prompt=12+34=")
     assert train.main(flags) == 0
     assert train.main([*flags, "--ppots_fit=grid", "--resume"]) == 0  # no concern of this method's
-    for args in (["--prompt=12+3x="], ["--prompt=12"], ["--prompt=12+34=0000"], ["--prompt=_2+34="],
-                 [], ["--prompt=12+34=", "--seed=9"], ["--prompt=12+34=", "--steps=0"],
-                 ["--file=/nonexistent"], ["--temperature=-1"], ["--method=x"]):  # fmt: skip
-        refused(capsys, sample.main, "--method=mdm", *args)
+    for args in """--prompt=12+3x= | --prompt=12 | --prompt=12+34=0000 | --prompt=_2+34= | |
+            --prompt=12+34= --seed=9 | --prompt=12+34= --steps=0 | --file=/nonexistent |
+            --temperature=-1 | --method=x | --method=arm --prompt=12+34=0_""".split("|"):
+        refused(capsys, sample.main, "--method=mdm", *args.split())
     ckpt = Path("out/mdm/ckpt.pt")
     good = torch.load(ckpt, weights_only=True)
     bad = [ckpt.read_bytes()[:1000], b"not a checkpoint", b"", b"abc", b"soup", b"."]
