@@ -348,10 +348,10 @@ def ema_baseline(loss, u, ema, step=0.01):
 
 # --------------------------------------------------------------------------------------------------
 # 6. A method is what it does to u (the rate), to r (the mask) and to the weight. Its name is made
-# of words, `"mirror" in "ppots_mirror"`; plain ones are "mdm" and "arm". (Of ppots, exactk, clipped
-# never two, nor exactk and isad: train.py refuses these.) train.py does the rest: strats, ema,
-# batch2, steps2, and the paper's SyRM: symbols of the prompt are masked too, another objective.
+# of words, `"mirror" in "ppots_mirror"`; plain ones are "mdm" and "arm". train.py does the rest:
+# strats, ema, batch2, steps2, and SyRM (the prompt's symbols are masked too: another objective).
 WORDS = "ppots exactk clipped isad strats mirror multi2 syrm ema batch2 steps2".split()
+CONFLICTS = ["ppots exactk", "ppots clipped", "exactk clipped", "exactk isad", "batch2 steps2"]
 
 
 def n_masks(method):
@@ -380,10 +380,10 @@ def rate(method, u, n, table=None, eps=1e-3, is_rare=None):
 def draw_masks(method, u, r, table=None, eps=1e-3, is_rare=None):
     """Any method's masks, bool, and weights, both (M, S, B, n): all that the loss needs.
     Uniform u (S, B) in (0,1], for strats from stratify; and r (1, S, B, n), multi2: (2, S, B, n);
-    for isad is_rare (S, B, n) bool; for ppots a table. ValueError: no table, or an unknown word."""
-    if not set(method.split("_")) <= {"mdm", *WORDS}:
-        raise ValueError(f"unknown method {method}: words joined by _ from mdm {' '.join(WORDS)}")
-    n = r.shape[-1]
+    for isad is_rare (S, B, n) bool; for ppots a table. ValueError: no table, or no such method."""
+    words, n = set(method.split("_")), r.shape[-1]
+    if not words <= {"mdm", *WORDS} or any({*pair.split()} <= words for pair in CONFLICTS):
+        raise ValueError(f"no method {method}: join words of {WORDS} by _, none of {CONFLICTS}")
     p, importance = rate(method, u, n, table, eps, is_rare)
     if "exactk" in method:
         r = (ranks(r) + 0.5) / n  # exactly k of these are below k/n

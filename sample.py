@@ -42,7 +42,8 @@ def parse_args(argv=None):
     add("--device", default="auto", help="cpu, cuda, mps or auto [auto]")
     args = parser.parse_args(argv)
     counts = [1 if n is None else n for n in (args.steps, args.length)]
-    if min(counts) < 1 or min(args.temperature, args.sample_seed) < 0 or len(args.mask_char) != 1:
+    good = min(counts) > 0 and args.temperature >= 0 and 0 <= args.sample_seed < 2**63
+    if not good or len(args.mask_char) != 1:
         fail("--steps and --length start at 1, others at 0, and --mask_char is one character")
     if args.file:
         try:

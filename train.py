@@ -69,7 +69,6 @@ SETTINGS = [  # name, default, the reason for it (its --help) and, for a number,
 ]
 TEXT_SETTINGS = {"n_layer": 4, "n_embd": 128, "batch_size": 12, "steps": 2000}  # nanoGPT's on a CPU
 PAPER_SEEDS = [42, 731, 20231]
-CONFLICTS = ["ppots exactk", "ppots clipped", "exactk clipped", "exactk isad", "batch2 steps2"]
 
 
 def parse_args(argv=None):
@@ -103,10 +102,10 @@ def parse_method(name):
     changes = [word for word in mdm.WORDS if word in words]
     estimator = set(changes) - {"batch2", "steps2"}
     wrong = len(words) > len(set(words)) or not set(words) <= {base, *mdm.WORDS}
-    clash = [pair for pair in CONFLICTS if set(pair.split()) <= set(changes)]
+    clash = [pair for pair in mdm.CONFLICTS if set(pair.split()) <= set(changes)]
     if wrong or clash or (base == "arm" and estimator):
         fail(f"unknown method '{name}': arm, mdm, or words joined by _ from {' '.join(mdm.WORDS)}"
-             f" (never together: {', '.join(CONFLICTS)}; with arm only batch2 or steps2)")
+             f" (never together: {', '.join(mdm.CONFLICTS)}; with arm only batch2 or steps2)")
     return "_".join(changes if estimator else [base, *changes])
 
 
@@ -142,7 +141,7 @@ def load_data(cfg, methods):
 
 # --------------------------------------------------------------------------------------------------
 # Randomness. What a run draws comes from streams named by (seed, purpose, block of steps). So a
-# seed's numbers depend on nothing else, and to resume no generator need be saved.
+# seed's draws depend on nothing else, and to resume no generator need be saved.
 
 STREAMS = ["init", "data", "rate", "shuffle", "mask", "pilot"]
 

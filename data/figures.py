@@ -68,7 +68,7 @@ def batches(groups):
     sizes = sorted({report.batch_size(results) for results in groups})
     ax.set_xscale("log", base=2)
     ax.set_xticks(sizes, sizes)
-    ax.set_xlabel("batch size (of the one-pass methods)")
+    ax.set_xlabel("batch size (batch2: twice that)")
     ax.set_ylabel(f"final {key}: seeds, mean")
     ax.legend(title="method (passes a step)", frameon=False, fontsize=8)
     return figure

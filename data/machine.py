@@ -88,7 +88,8 @@ def enough_memory():
     try:
         yield
     except (RuntimeError, MemoryError) as e:  # of the CPU's torch makes no error of its own kind
-        if not any(word in f"{e!r}".lower() for word in ("memory", "overflow")):
+        said = f"{e!r}".lower()
+        if not any(word in said for word in ("out of memory", "memoryerror", "alloc", "overflow")):
             raise
         fail("out of memory: lower --n_seeds, --batch_size, --n_embd, --n_layer or --block_size")
 

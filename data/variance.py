@@ -91,9 +91,8 @@ def measure(cfg, methods, seeds, data, device, build):
     methods = [m for m in dict.fromkeys(["arm"] * ("arm" in methods) + METHODS + methods)]
     methods = [m for m in methods if "ema" not in m and "steps2" not in m]  # a step is the same
     methods = [m for m in methods if m == "arm" or "arm" not in m]
-    n = data.test.shape[1] - data.prompt_len
-    if n > EXACT_MAX_N:
-        methods = [m for m in methods if "strats" not in m]
+    n = {m: len(build(cfg, m, seeds, data, "cpu")[1]) for m in methods}
+    methods = [m for m in methods if "strats" not in m or (n[m] <= EXACT_MAX_N and "isad" not in m)]
     runs = [(m, fit) for m in methods for fit in (("epr", "grid") if "ppots" in m else ("",))]
     rows, began, said = [], time.perf_counter(), time.perf_counter()
     for at in ("initialisation", "end"):
