@@ -31,7 +31,7 @@ def write(out_dir, groups):
 
 
 def seeds(results):
-    """Every seed's final result by method; the mean and its 95 % bootstrap interval."""
+    """Every seed's final result by method; the mean and its 95 % interval."""
     from matplotlib.figure import Figure
 
     key = report.score(results)

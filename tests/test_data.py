@@ -29,8 +29,7 @@ def test_data_set(name):
             sums = [sum(map(int, prompt[: i + 1])) % 10 for i in range(int(name[3:]))]
             assert [int(c) for c in response] == sums
     assert all(data.encode(data.decode(row)) == row.tolist() for row in data.test[:20])
-    symbols = [i for i, char in enumerate(prompt) if char in "+*="]
-    assert data.structural == symbols
+    assert data.structural == [i for i, char in enumerate(prompt) if char in "+*="]
     assert data.decode(data.rare) == ("+=" if name == "mul2" else "")
     few = arith.make(name, 100)
     assert (few.train == data.train[:100]).all() and (few.test == data.test[:512]).all()

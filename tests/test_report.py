@@ -16,6 +16,8 @@ def test_spread_and_interval():
     assert report.sd(x) == pytest.approx(np.std(x, ddof=1)) and math.isnan(report.sd(x[:1]))
     assert report.sd(np.array([1.0, np.inf])) == np.inf
     assert report.t_interval(np.arange(4.0)) == pytest.approx((1.5, -0.554, 3.554), abs=0.01)
+    few = report.interval(report.difference, np.arange(4.0) + 7, np.full(4, 7.0))
+    assert few == pytest.approx((-0.554, 3.554), abs=0.01)  # of few seeds a bootstrap's is narrow
 
 
 def test_the_spread_between_pretrainings_and_within():
@@ -81,8 +83,7 @@ def results():
 
 
 def test_tables_and_the_verdict(results):
-    three = {name: rows[:3] for name, rows in results.items()}
-    text = report.table(three, [0, 1, 2])
+    text = report.table({name: rows[:3] for name, rows in results.items()}, [0, 1, 2])
     assert "25%" in text and "seed 2" in text and max(map(len, text.splitlines())) <= 130
     assert "5/5" not in report.table({"mdm": results["mdm"]})
     for key in ("accuracy", "nll"):
