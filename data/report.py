@@ -229,7 +229,7 @@ def statistics(results, key, baseline="mdm"):
             spread = pair if key == "accuracy" else np.log(pair)
             cells = [show(difference, *pair), show(sd_ratio, *spread)]
         lines.append(("{:22}" + 4 * "{:>25}").format(name, show(mean, a), show(sd, a), *cells))
-    lines.append("[95 % interval: bootstrap; of means below 8 seeds: t]; SD / SD of nll: of log nll")
+    lines.append("[95 % interval: bootstrap; means below 8 seeds: t]; SD / SD of nll: of log nll")
     return "\n".join(lines)
 
 
