@@ -74,7 +74,8 @@ PAPER_SEEDS = [42, 731, 20231]
 def parse_args(argv=None):
     """The command line: the settings, a list of methods, a list of seeds."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("", None, __doc__, allow_abbrev=False, formatter_class=raw)
+    parser = argparse.ArgumentParser("train.py", None, __doc__, formatter_class=raw)
+    parser.allow_abbrev = False
     parser.error = fail
     for name, default, why, *_ in SETTINGS:
         kind = {"action": "store_true"}

@@ -128,4 +128,4 @@ def find_checkpoint(out_dir, method, seed=None):
             return checkpoint | {"weights": weights}
     if seeds:
         fail(f"--seed={seed} of {method} is not in {out_dir}; there are {seeds}")
-    fail(f"there is no checkpoint of {method} in {out_dir}: train it, or check --out_dir")
+    fail(f"there is no checkpoint of {method} in {out_dir}: train it, or check the path")
