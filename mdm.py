@@ -348,8 +348,8 @@ def ema_baseline(loss, u, ema, step=0.01):
 
 # --------------------------------------------------------------------------------------------------
 # 6. A method is what it does to u (the rate), to r (the mask) and to the weight. Its name is made
-# of words, `"mirror" in "ppots_mirror"`; plain ones are "mdm" and "arm". train.py does the rest:
-# strats, ema, batch2, steps2, and SyRM (the prompt's symbols are masked too: another objective).
+# of words, `"mirror" in "ppots_mirror"` (CONFLICTS: never both); "mdm" and "arm" are plain ones.
+# train.py does strats, ema, batch2, steps2, and SyRM (symbols of the prompt are masked too).
 WORDS = "ppots exactk clipped isad strats mirror multi2 syrm ema batch2 steps2".split()
 CONFLICTS = ["ppots exactk", "ppots clipped", "exactk clipped", "exactk isad", "batch2 steps2"]
 
