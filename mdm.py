@@ -1,37 +1,49 @@
 """mdm.py - stable training of masked diffusion language models, in one file.
 
-THE STORY. A masked diffusion model (MDM) hides tokens and learns to fill them in. To train on a
-sequence x0 it draws a masking rate t and hides each of the n response tokens with probability t.
-Those hidden are the mask m, what is left to see is xt, and the loss is that of the hidden ones:
+THE STORY. A masked diffusion model (MDM) learns a sequence x0 by hiding tokens and filling them in.
+Each training step draws a masking rate t between 0 and 1. It hides each of the n response tokens
+with probability t. The hidden tokens are the mask m, and the sequence with holes is xt. The loss
+asks for the hidden tokens only, and divides by the number of tokens it expects to ask for:
 
     l(x0, t, m) = 1/(n t) * sum_{i in m} -log p(x0_i | xt)                                      (1)
     L           = E_{x0} E_{t ~ U(0,1)} E_m  l(x0, t, m)   >=   -log-likelihood per token       (2)
 
-An autoregressive model (ARM) meets one kind of luck: which data it sees. An MDM is at the mercy
-of three, and the law of total variance takes them apart:
+AN EXAMPLE of four tokens, carried through this file. Every token gets a uniform random number r.
+A token is hidden where r is below t. Say t = 0.5:
+
+    r         .1   .8   .4   .6
+    hidden    yes  no   yes  no       tokens 1 and 3 are asked for, each with weight 1/t = 2
+
+An autoregressive model (ARM) asks for all four tokens in every step, each with weight 1. So an ARM
+meets one kind of luck: the data of a step. An MDM meets three, and the law of total variance takes
+them apart:
 
     Var(l) =  E_{x0,t} Var_m (l)            A  masking-pattern noise: which tokens were hidden
-           +  E_{x0} Var_t (E_m l)          B  masking-rate noise:    at which rate
-           +  Var_{x0} (E_{t,m} l)          C  data noise:            all that an ARM has       (3)
+           +  E_{x0} Var_t (E_m l)          B  masking-rate noise:    how many were likely hidden
+           +  Var_{x0} (E_{t,m} l)          C  data noise:            the only noise of an ARM  (3)
 
-The same holds for the gradient, with "variance" read as the trace of the covariance. "Bringing
-Stability to Diffusion" (arXiv 2511.18159; "the paper" from here on) lowers A and B with six
-methods, above all P-POTS (section 3) and MIRROR (section 4). `python mdm.py` computes (3) exactly
-for an untrained model, method by method.
+Equation (3) holds for the gradient too, with the trace of the covariance in place of the variance.
+"Bringing Stability to Diffusion" (arXiv 2511.18159, "the paper" from here on) lowers A and B with
+six methods, first of all P-POTS (section 4) and MIRROR (section 5). Section 3 says how much noise
+each method leaves. `python mdm.py` compares this prediction with the exact variance of a small
+model, and explains every number it prints.
 
-LETTERS  S          models trained side by side, one per random seed
-         B, T       sequences in a batch; tokens in a sequence (block_size)
-         n, M       tokens that may be masked, the response; masks per sequence (= passes needed)
-         t, p       masking rate in (0,1); p_mask, a token's chance to be masked (p(t): t's density)
-         u, r       the uniform random numbers that t and the mask m are made from
-         k, H       the number of hidden tokens, and their summed loss: l = H/(n t)
-         V          vocab_size; in section 7 H or its gradient, and A, B, C are those of (3)
-         X, Q, N    how many sequences are measured, rates, samples or masks
-A method is unbiased if its mean loss is L (but for eps). OURS: neither the paper's nor cited.
+LETTERS  x0, xt    a sequence, and the same sequence with hidden tokens
+         t, q(t)   masking rate, and the density it is drawn from
+         p_mask    the probability to hide a token, written p in short; nearly t (section 2)
+         n, k      tokens in the response, and how many of them are hidden
+         u, r      uniform random numbers: u gives the rate, r (one a token) gives the mask
+         H         summed loss of the hidden tokens, so that l = H / (n t)
+         S         models trained side by side, one for each random seed
+         B, T, V   sequences in a batch, tokens in a sequence, tokens in the vocabulary
+         M         masks of each sequence in one step
+A method is called unbiased if its mean loss is L. OURS marks what is neither in the paper nor,
+to our knowledge, anywhere else.
 """
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,14 +51,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # --------------------------------------------------------------------------------------------------
-# 1. The model: nanoGPT's transformer with rotary positions and an axis S first on every parameter.
-# Row s of each parameter belongs to seed s, and rows never meet: S models train as one stream of
-# batched matmuls. It is not told t, on which p(x0_i | xt) does not depend (RADD, arXiv 2406.03736).
+# 1. The model: nanoGPT's transformer, with rotary positions.
+#
+# Every parameter has an axis S in front: row s belongs to random seed s. The rows never mix, so S
+# models train together as one stream of batched matrix products. That is how 32 seeds fit into the
+# time of a few. (torch.func.vmap would do the same, 1.5 times as slowly on a CPU.)
+# The model is not told t, because p(x0_i | xt) does not depend on t (RADD, arXiv 2406.03736).
 
 
 @dataclass
 class GPTConfig:
-    vocab_size: int  # tokens that can be predicted; the mask token is one more and has this id
+    vocab_size: int  # tokens the model can predict; the mask token is one more and has this id
     block_size: int  # prompt + response
     n_layer: int = 2
     n_head: int = 4
@@ -54,24 +69,24 @@ class GPTConfig:
     causal: bool = False  # the ONLY difference between an ARM's network (True) and an MDM's
 
 
-def normal(generators, *shape, std=0.02):
-    """A parameter (S, *shape), the row of each seed drawn from the seed's own generator."""
+def normal_parameter(generators, *shape, std=0.02):
+    """A parameter (S, *shape). Each seed's row comes from the seed's own generator."""
     return nn.Parameter(std * torch.stack([torch.randn(shape, generator=g) for g in generators]))
 
 
-class Linear(nn.Module):
-    """S linear layers, (S, ..., n_in) -> (S, ..., n_out), as one batched matmul."""
+class SeedLinear(nn.Module):
+    """S linear layers, (S, ..., n_in) -> (S, ..., n_out), as one batched matrix product."""
 
     def __init__(self, generators, n_in, n_out, std=0.02):
         super().__init__()
-        self.weight = normal(generators, n_in, n_out, std=std)
+        self.weight = normal_parameter(generators, n_in, n_out, std=std)
         self.bias = nn.Parameter(torch.zeros(len(generators), 1, n_out))
 
     def forward(self, x):
         return torch.baddbmm(self.bias, x.flatten(1, -2), self.weight).view(*x.shape[:-1], -1)
 
 
-class LayerNorm(nn.Module):
+class SeedLayerNorm(nn.Module):
     """S layer norms over the last axis of (S, B, T, n_embd)."""
 
     def __init__(self, S, n_embd):
@@ -80,13 +95,15 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(S, 1, 1, n_embd))
 
     def forward(self, x):
-        return F.layer_norm(x, x.shape[-1:]) * self.weight + self.bias
+        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:]), self.weight)
 
 
-def rotate(x, rotation):
-    """Rotary positions: turn pairs of x (..., T, head size), complex numbers; then QK-norm."""
-    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * rotation
-    return F.rms_norm(torch.view_as_real(turned).flatten(-2), x.shape[-1:])
+def rotate_and_norm(x, cos, sin):
+    """Rotary positions, then QK-norm, for x (..., T, n_head, head size); cos and sin (T, 1, head
+    size). The halves of x hold the coordinates of points. Each point turns by an angle: its first
+    coordinate becomes x1 cos - x2 sin, its second x2 cos + x1 sin. The sign is in sin already."""
+    other = x.roll(x.shape[-1] // 2, dims=-1)
+    return F.rms_norm(x * cos + other * sin, x.shape[-1:])
 
 
 class Block(nn.Module):
@@ -94,418 +111,715 @@ class Block(nn.Module):
 
     def __init__(self, generators, config):
         super().__init__()
-        S, width = len(generators), config.n_embd
+        S = len(generators)
+        width = config.n_embd
+        self.n_head = config.n_head
         residual_std = 0.02 / math.sqrt(2 * config.n_layer)  # as in GPT-2
-        self.n_head, self.causal = config.n_head, config.causal
-        self.ln_1, self.ln_2 = LayerNorm(S, width), LayerNorm(S, width)
-        self.query = Linear(generators, width, width)
-        self.key_value = Linear(generators, width, 2 * width)
-        self.attn_proj = Linear(generators, width, width, residual_std)
-        self.mlp_fc = Linear(generators, width, 4 * width)
-        self.mlp_proj = Linear(generators, 4 * width, width, residual_std)
+        self.ln_1 = SeedLayerNorm(S, width)
+        self.query = SeedLinear(generators, width, width)
+        self.key_value = SeedLinear(generators, width, 2 * width)
+        self.attn_proj = SeedLinear(generators, width, width, residual_std)
+        self.ln_2 = SeedLayerNorm(S, width)
+        self.mlp_fc = SeedLinear(generators, width, 4 * width)
+        self.mlp_proj = SeedLinear(generators, 4 * width, width, residual_std)
 
-    def heads(self, x):
-        """(S, B, T, n_embd) -> (S * B, n_head, T, head size)."""
-        return x.flatten(0, 1).unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+    def split_heads(self, x):
+        """(S, B, T, n_embd) -> (S * B, T, n_head, head size)."""
+        return x.flatten(0, 1).unflatten(-1, (self.n_head, -1))
 
-    def forward(self, x, rotation, pos=None):
-        """x (S, B, T, n_embd) -> the same, or (S, B, len(pos), n_embd) for the positions pos."""
+    def forward(self, x, cos, sin, visible, pos):
+        """Every position is attended to, but only the positions pos are computed:
+        (S, B, T, n_embd) -> (S, B, len(pos), n_embd). visible (T, T) bool, or None for all."""
         S, B, T, width = x.shape
         h = self.ln_1(x)
         k, v = self.key_value(h).chunk(2, dim=-1)
-        k, v = rotate(self.heads(k), rotation), self.heads(v)
-        causal, visible = self.causal and pos is None, None
-        if pos is not None:  # all tokens are looked at, but only those at pos look and go on
-            x, h, rotation = x[:, :, pos], h[:, :, pos], rotation[pos]
-            visible = torch.arange(T, device=x.device) <= pos[:, None] if self.causal else None
-        q = rotate(self.heads(self.query(h)), rotation)
-        y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=causal)
-        x = x + self.attn_proj(y.transpose(1, 2).reshape(S, B, -1, width))
+        k = rotate_and_norm(self.split_heads(k), cos, sin)
+        v = self.split_heads(v)
+        q = rotate_and_norm(self.split_heads(self.query(h[:, :, pos])), cos[pos], sin[pos])
+        q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # heads before positions
+        y = F.scaled_dot_product_attention(q, k, v, None if visible is None else visible[pos])
+        y = y.transpose(1, 2).reshape(S, B, -1, width)
+        x = x[:, :, pos] + self.attn_proj(y)
         return x + self.mlp_proj(F.gelu(self.mlp_fc(self.ln_2(x))))
 
 
 class GPT(nn.Module):
-    """S transformers, the weights of each drawn from its own one of the generators (on the CPU).
-    The embedding knows the mask token, the head cannot predict it."""
+    """S transformers, each with a random generator (torch.Generator, on the CPU) for its weights.
+    The embedding knows the mask token. The head cannot predict it."""
 
     def __init__(self, config, generators):
         super().__init__()
         V, T, width = config.vocab_size, config.block_size, config.n_embd
         self.config = config
-        self.wte = normal(generators, V + 1, width)  # token embedding, the mask token's last
-        # Positions are learned, which suits the fixed columns of sums, and rotary, without which an
-        # MDM hardly learns text. Their base is 100, since sequences are short.
-        self.wpe = normal(generators, T, width)
+        self.wte = normal_parameter(generators, V + 1, width)  # token embedding, mask token last
+        # Positions are learned AND rotary. Learned positions suit the fixed columns of sums.
+        # Without rotary ones an MDM hardly learns text. Their base is 100, as sequences are short.
+        self.wpe = normal_parameter(generators, T, width)
         half = width // config.n_head // 2
-        angle = torch.arange(T)[:, None] * 100.0 ** -(torch.arange(half) / half)
-        turn = torch.polar(torch.ones_like(angle), angle)  # a complex number of length 1
-        self.register_buffer("rotation", turn, persistent=False)
+        angle = torch.arange(T).view(T, 1, 1) * 100.0 ** -(torch.arange(half) / half)
+        self.register_buffer("cos", angle.cos().repeat(1, 1, 2), persistent=False)
+        sin = torch.cat([-angle.sin(), angle.sin()], dim=-1)
+        self.register_buffer("sin", sin, persistent=False)
+        past = torch.ones(T, T).tril() > 0 if config.causal else None
+        self.register_buffer("visible", past, persistent=False)
         self.blocks = nn.ModuleList(Block(generators, config) for _ in range(config.n_layer))
-        self.ln_f, self.head = LayerNorm(len(generators), width), Linear(generators, width, V)
+        self.ln_f = SeedLayerNorm(len(generators), width)
+        self.head = SeedLinear(generators, width, V)
 
     def forward(self, idx, pos):
         """idx (S, B, T) token ids, pos (n,) positions -> logits (S, B, n, V) at these positions.
-        The last block computes only these: two layers on `123+456=0579` save a quarter."""
+        Only the response needs logits, so the last block computes the rest of no other position.
+        With two layers this saves a quarter of the work on `123+456=0579`."""
         S, _, T = idx.shape
-        row = torch.arange(S, device=idx.device).view(S, 1, 1) * self.wte.shape[1]  # of seed s
-        x = F.embedding(idx + row, self.wte.flatten(0, 1)) + self.wpe[:, None, :T]
-        rotation = self.rotation[:T]
+        first_row = torch.arange(S, device=idx.device).view(S, 1, 1) * self.wte.shape[1]
+        x = F.embedding(idx + first_row, self.wte.flatten(0, 1)) + self.wpe[:, None, :T]
+        visible = self.visible if self.visible is None else self.visible[:T, :T]
+        rotary = (self.cos[:T], self.sin[:T])
+        everything = slice(None)
         for block in self.blocks[:-1]:
-            x = block(x, rotation)
-        return self.head(self.ln_f(self.blocks[-1](x, rotation, pos)))
+            x = block(x, *rotary, visible, everything)
+        x = self.blocks[-1](x, *rotary, visible, pos)
+        return self.head(self.ln_f(x))
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. The loss. Masks multiply, they never index: shapes are fixed, the host waits for no GPU.
+# 2. The loss. A mask multiplies the loss of all tokens and never selects some of them. So shapes
+# are fixed, and the CPU never waits for the GPU to count the hidden tokens.
 
 
 def token_nll(model, x0, pos, mask=None):
     """-log p of each response token in nats, (S, ..., n), for x0 (S, ..., T) and pos (n,).
-    MDM: -log p(x0_i | xt), xt hiding what mask (S, ..., n) says; of visible tokens it means nothing
-    and is multiplied by 0. ARM: -log p(x0_i | x0_<i), from the logits at i - 1, so pos >= 1."""
+    An MDM predicts x0_i from xt, where mask (S, ..., n) bool hides tokens. The values at visible
+    tokens mean nothing, and the loss multiplies them by 0.
+    An ARM predicts x0_i from x0_<i, so it reads the logits one position earlier: pos >= 1."""
     if model.config.causal:
-        xt, at = x0[..., :-1], pos - 1
+        logits = model(x0[..., :-1].flatten(1, -2), pos - 1)
     else:
-        xt, at = x0.clone(), pos
+        xt = x0.clone()
         xt[..., pos] = torch.where(mask, model.config.vocab_size, x0[..., pos])
-    logits = model(xt.flatten(1, -2), at)
-    nll = F.cross_entropy(logits.flatten(0, -2), x0[..., pos].flatten(), reduction="none")
-    return nll.view(*x0.shape[:-1], -1)
+        logits = model(xt.flatten(1, -2), pos)
+    target = x0[..., pos]
+    nll = F.cross_entropy(logits.flatten(0, -2).float(), target.flatten(), reduction="none")
+    return nll.view(target.shape)
 
 
-def mdm_loss(nll, mask, weight):
-    """Equation (1): all (..., n) -> (...), in nats per token. Plain training: weight = 1/p_mask."""
-    return (nll * mask * weight).mean(-1)
+def mdm_loss(nll, mask, weight, n=None):
+    """Equation (1): nll, mask, weight (..., n) -> (...), in nats per response token.
+    Plain training has weight 1/p_mask. If the last axis holds more than the response, give the
+    number of response tokens of each sequence, n (...)."""
+    if n is None:
+        n = nll.shape[-1]
+    return (nll * mask * weight).sum(-1) / n
 
 
-def rate_to_p_mask(t, eps=1e-3):
-    """p_mask = (1 - eps) t + eps, the probability with which a token is really masked (LLaDA).
+EPS = 1e-3  # the smallest masking probability, as in LLaDA
 
-    OURS: eps is not cosmetic. At small t a single hidden token costs H/(n t), so E[l^2 | t] ~ 1/t,
-    and for t ~ U(0,1) the variance of l grows like log(1/eps), without bound. (Its price: L becomes
-    the mean over p_mask in (eps, 1). Exact counts, below, need no eps.)"""
+
+def rate_to_p_mask(t, eps=EPS):
+    """p_mask = (1 - eps) t + eps, the probability with which a token is really hidden (LLaDA).
+
+    OURS: eps is not cosmetic. At a small t a token is hidden with probability n t, and then costs
+    l = H/(n t). So E[l^2 | t] ~ n t * (H/(n t))^2 = H^2/(n t), and its mean over t ~ U(0,1) grows
+    like log(1/eps), without bound. The price of eps: L is the mean over p_mask in (eps, 1)."""
     return (1 - eps) * t + eps
 
 
 # --------------------------------------------------------------------------------------------------
-# 3. P-POTS: the Pareto-optimal t-sampler. Attacks the sum A + B; one pass and a pilot; unbiased.
+# 3. The law: what a masking method costs, in ARMs. OURS.
 #
-# Draw t from a density p(t) and multiply the loss by 1/p(t): its mean stays what it was. Its
-# variance is int E[l^2 | t] / p(t) dt - L^2, which by Cauchy-Schwarz is least for
+# In one step, token i has the total weight W_i: the mean over the step's masks of its weight where
+# it is hidden, and of 0 where it is visible. In the example W = 2 0 2 0. An ARM has W = 1 1 1 1.
+# An unbiased method has the mean E[W_i] = 1. The spread around 1 is noise. If the gradients of
+# different tokens are uncorrelated and equally strong, the gradient's variance is proportional to
 #
-#     p(t)  ~  sqrt( E[l^2 | t] )         (the paper writes it as mean^2 plus variance)          (4)
+#     E[W_i^2],    which is 1 for an ARM, and 2 in the example: (4 + 0 + 4 + 0) / 4.
 #
-# Rates of large l come more often, in smaller steps. (B alone may grow; what is least is the loss's
-# variance, not the gradient's.) OURS, cheaper than the paper's grid of rates: all masks of k tokens
-# are equally likely at any t; so a pilot measures H by count, and the binomial law of k gives (4):
+# So a method is one number: it is as noisy as a batch of an ARM split into E[W^2] parts. No model
+# and no data are needed to work it out. For example, plain training hides token i with probability
+# p and weight 1/p. So E[W^2 | p] = p (1/p)^2 = 1/p, and its mean over p in (eps, 1) is ln(1/eps).
 #
-#     E[l^2 | t]  =  sum_k Bin(k; n, p) E[H^2 | k] / (n p)^2                                    (5)
+#                                        E[W^2]                            n = 4     13     64
+#     ARM                                1                                     1      1      1
+#     plain                              ln(1/eps)                           6.9    6.9    6.9
+#     P-POTS (section 4)                 by quadrature                       3.9    4.4    5.3
+#     MIRROR (section 5), two passes     ln(1/eps)/2 + ln 2 - 1/2            3.6    3.6    3.6
+#     two independent masks              ln(1/eps)/2 + 1/2                   4.0    4.0    4.0
+#     exact counts (section 7)           1 + 1/2 + ... + 1/n                 2.1    3.2    4.7
+#     P(k) ~ 1/sqrt(k) (section 7)       (sum_k k^-1/2)^2 / n                1.9    2.7    3.3
+#     clipped rates (section 6), biased  ln(.8/.3) / .5                      2.0    2.0    2.0
+#
+# Three limits. The unit is a step in which every token has weight 1 and an MDM's gradients; a
+# trained ARM at its own weights has other gradients. The law leaves out everything the tokens have
+# in common, for example B, and an untrained model whose tokens all ask for the same change. And
+# tokens are not equally strong: the more of them are hidden, the larger is the gradient of each.
+
+
+# --------------------------------------------------------------------------------------------------
+# 4. P-POTS, the Pareto-optimal t-sampler: visit the noisy rates more often, and weigh them down.
+#
+# Draw t from a density q(t) and multiply the loss by 1/q(t). The mean stays the same. The variance
+# is int E[l^2 | t] / q(t) dt - L^2, and by Cauchy-Schwarz it is smallest for
+#
+#     q(t)  ~  sqrt( E[l^2 | t] )                                                                (4)
+#
+# (The paper writes E[l^2 | t] as mean^2 + variance.) P-POTS attacks A + B, the sum: B alone may
+# grow. It is unbiased, and costs one pass and a pilot, a few forward passes now and then.
+# Note the variance it minimises: the loss's, not the gradient's.
+#
+# OURS: the pilot needs no grid of rates. Given the number k of hidden tokens, t says nothing more
+# about the mask. So the pilot measures H by count, and the binomial law of k gives the curve (4):
+#
+#     E[l^2 | t]  =  sum_k Bin(k; n, p) E[H^2 | k] / (n p)^2                                     (5)
+
+N_COUNTS = 16  # numbers of hidden tokens that a pilot tries, at most n
 
 
 def ranks(r):
-    """The rank, 0 to n-1, of each entry along the last axis. Of uniforms: a random permutation."""
+    """The rank, 0 to n-1, of each entry along the last axis. Ranks of uniforms are a random
+    permutation: r = .1 .8 .4 .6 has the ranks 0 3 1 2."""
     return r.argsort(-1).argsort(-1)
 
 
+def pilot_masks(r, response=None):
+    """The masks of a pilot, from r (..., X, n_counts, n) uniform. Each of X sequences gets n_counts
+    masks, with growing numbers of hidden tokens from 1 to n. response (X, n) bool is as in
+    draw_masks. Returns counts, (n_counts,) or (X, n_counts), and mask (..., X, n_counts, n)."""
+    share = torch.linspace(0, 1, r.shape[-2], device=r.device)
+    if response is None:
+        counts = 1 + (share * (r.shape[-1] - 1)).round().long()
+        return counts, ranks(r) < counts[:, None]
+    n = response.sum(-1, keepdim=True).clamp(min=1)
+    counts = 1 + (share * (n - 1)).round().long()
+    rank = ranks(r.masked_fill(~response[:, None], 2.0))  # other tokens rank last
+    return counts, (rank < counts[..., None]) & response[:, None]
+
+
 @torch.no_grad()
-def measure_counts(model, x0, pos, r):
-    """The pilot, X * n_counts forward passes per seed: x0 (S, X, T) and r (S, X, n_counts, n)
-    uniform -> counts (n_counts,), spread from 1 to n, and H (S, X, n_counts) in nats."""
-    counts = torch.linspace(1, len(pos), r.shape[2], device=x0.device).round().long()
-    mask = ranks(r) < counts[:, None]
+def pilot(model, x0, pos, r):
+    """Measure H: x0 (S, X, T) and r (S, X, n_counts, n) uniform -> counts (n_counts,) and
+    H (S, X, n_counts) in nats. It costs X * n_counts forward passes per seed."""
+    counts, mask = pilot_masks(r)
     nll = token_nll(model, x0[:, :, None].expand(-1, -1, len(counts), -1), pos, mask)
     return counts, (nll * mask).sum(-1)
 
 
-def second_moment(counts, H, t, n, eps=1e-3):
-    """Equation (5) at the rates t (Q,): (S, Q), on the CPU; interpolated between the counts."""
-    p = rate_to_p_mask(t, eps)[:, None]
-    k = torch.arange(1, n + 1).double()
-    per_token = (H.double() / counts).square().mean(1)
-    per_token = torch.tensor(np.array([np.interp(k, counts, row) for row in per_token]))
-    binomial = torch.distributions.Binomial(n, p).log_prob(k).exp()
-    return (per_token @ (binomial * (k / (n * p)) ** 2).T).clamp(min=1e-60)  # H may be exactly 0
+def second_moment(counts, H, t, n, eps=EPS):
+    """Equation (5): E[l^2 | t] at the rates t (Q,), as (..., Q) float64 on the CPU, from counts
+    (n_counts,), H (..., X, n_counts) and a number n. If sequences differ in length, counts are
+    (X, n_counts) and n is (X,). Then it is the mean of their curves, and the loss of a hidden token
+    is taken to depend on the share k/n of hidden tokens."""
+    counts = counts.cpu().double()
+    n = torch.as_tensor(n).cpu().view(-1)
+    mean_square = (H.cpu().double() / counts).square().mean(-2)  # per hidden token, (..., n_counts)
+    share = (counts / n[:, None]).mean(0)
+    p = rate_to_p_mask(t.cpu().double(), eps)[:, None]
+    curve = 0.0
+    for length, times in zip(*n.unique(return_counts=True)):
+        k = torch.arange(1, length + 1).double()
+        # Linear interpolation from the counts tried to all k, written as a matrix.
+        hats = [np.interp(k / length, share, unit) for unit in np.eye(len(share))]
+        interpolated = mean_square @ torch.tensor(np.array(hats))  # (..., length)
+        binomial = torch.distributions.Binomial(length, p).log_prob(k).exp()  # (Q, length)
+        l_over_h = k / (length * p)  # l = H / (n p), and H is k times the loss of a token
+        curve = curve + times / len(n) * interpolated @ (binomial * l_over_h.square()).T
+    return curve.clamp(min=1e-60)  # a perfect model has H = 0, and a density must not vanish
 
 
 def epr(theta, t):
-    """The paper's EPR family: theta (..., 6), t (Q,) -> log p(t), not normalised, (..., Q).
+    """The paper's EPR family of densities: theta (..., 6), t (Q,) -> log q(t), (..., Q), without
+    its normalising constant. With a, b, d, c1, c2, c3 = softplus(theta) > 0:
 
-        p(t) ~ sqrt(v(t) + g(t)^2),    v = a t^c1 + b (1-t)^c2,    g = exp(d t^c3)
-
-    a, b, d > 0 are softplus(theta), c1, c2, c3 > 1 are 1 + softplus(theta). OURS to note: EPR is
-    finite at t = 0, where (4) grows like (t + eps)^(-1/2), so the log(1/eps) survives (in
-    the table below down to its first cell, t < 6e-5)."""
+        q(t) ~ sqrt(v(t) + g(t)^2),   v = a t^(1 + c1) + b (1 - t)^(1 + c2),   g = exp(d t^(1 + c3))
+    """
     a, b, d, c1, c2, c3 = F.softplus(theta).unsqueeze(-1).unbind(-2)
     v = a * t ** (1 + c1) + b * (1 - t) ** (1 + c2)
     g = torch.exp(d * t ** (1 + c3))
     return 0.5 * torch.log(v + g.square())
 
 
-def fit_epr(t, w, n_starts=20, n_steps=200):
-    """Fit EPR to a curve w (S, Q) at t (Q,): the theta (S, 6) of least KL(w || p), over n_starts.
-    (The paper takes L-BFGS; with Adam the seeds do not affect each other.)"""
-    w = (w / w.sum(-1, keepdim=True))[:, None]
-    theta = 2 * torch.randn(n_starts, 6, generator=torch.Generator().manual_seed(0)).to(w)
-    theta = theta.repeat(len(w), 1, 1).requires_grad_()
+@torch.inference_mode(False)
+@torch.enable_grad()
+def fit_epr(t, curve, n_starts=20, n_steps=200):
+    """Fit EPR to a curve (..., Q) at t (Q,): the theta (..., 6) with the least KL(curve || q).
+    The best of n_starts random starts counts, as in the paper. The paper uses L-BFGS. Adam treats
+    each curve and each start separately, so that seeds do not affect each other."""
+    target = (curve / curve.sum(-1, keepdim=True)).clone().unsqueeze(-2)
+    theta = 2 * torch.randn(n_starts, 6, generator=torch.Generator().manual_seed(0)).to(target)
+    theta = theta.expand(*curve.shape[:-1], -1, -1).clone().requires_grad_()
     optimizer = torch.optim.Adam([theta], betas=(0.9, 0.99))
     for step in range(n_steps):
         optimizer.param_groups[0]["lr"] = 0.2 * (1 - step / n_steps)
-        kl = -(w * epr(theta, t).log_softmax(-1)).sum(-1)  # (S, n_starts), up to w's entropy
+        kl = -(target * epr(theta, t).log_softmax(-1)).sum(-1)  # up to a constant, (..., n_starts)
         optimizer.zero_grad()
         kl.sum().backward()
         optimizer.step()
-    return theta.detach()[torch.arange(len(w)), kl.argmin(-1)]
+    best = kl.argmin(-1, keepdim=True)[..., None].expand(*kl.shape[:-1], 1, 6)
+    return theta.detach().gather(-2, best).squeeze(-2)
 
 
-# What is sampled from is a table of N_CELLS equal cells of sqrt(t), which is uniform within each.
-# So the weight's p(t) is exactly the density drawn; near t = 0 it goes like t^(-1/2), as (4).
+# A density is kept as a table of N_CELLS probabilities. The cells have equal width in sqrt(t), and
+# within a cell sqrt(t) is uniform. So the weight 1/q(t) belongs to the density really drawn from,
+# and near t = 0 this density goes like t^(-1/2), as (4) does.
 N_CELLS = 128
 CELLS = ((torch.arange(N_CELLS).double() + 0.5) / N_CELLS).square()  # t at the middle of each cell
 
 
-def ppots_table(counts, H, n, fit="epr", eps=1e-3):
-    """From the pilot to (4) as a table (S, N_CELLS), the probability of each cell: through EPR
-    (fit="epr", the paper's) or as measured (fit="grid")."""
+def ppots_table(counts, H, n, fit="epr", eps=EPS):
+    """From a pilot to the density (4), as the probability of each cell, (..., N_CELLS).
+    counts, H and n are those of second_moment. fit="epr" goes through the paper's family, and
+    fit="grid" takes the curve as measured. Raises ValueError if H is not finite."""
+    if not torch.isfinite(H).all():
+        raise ValueError("H is not finite: the model has diverged, or its logits overflow")
     if fit == "grid":
         density = second_moment(counts, H, CELLS, n, eps).sqrt()
     else:
         t = torch.arange(1, 64).double() / 64
         theta = fit_epr(t, second_moment(counts, H, t, n, eps).sqrt())
-        density = epr(theta, CELLS).softmax(-1)
-    mass = density * CELLS.sqrt()  # dt = 2 sqrt(t) d sqrt(t)
+        density = epr(theta, CELLS).softmax(-1)  # exp() alone could overflow
+    mass = density * CELLS.sqrt()  # a cell is 2 sqrt(t) / N_CELLS wide in t
     mass = mass.clamp(min=1e-3 * mass.amax(-1, keepdim=True))  # a rate never drawn is a bias
-    return mass / mass.sum(-1, keepdim=True)
+    mass = mass / mass.sum(-1, keepdim=True)
+    return mass.to(H.device, torch.promote_types(H.dtype, torch.float32))
 
 
 def ppots_sample(u, table):
-    """Invert the CDF: u (S, B) in (0,1] and table (S, N_CELLS) -> t and its weight 1/p(t)."""
+    """Invert the CDF: u (..., B) in (0,1] and table (..., N_CELLS) -> t and its weight 1/q(t)."""
     cdf = table.cumsum(-1)
     cell = torch.searchsorted(cdf, u.contiguous()).clamp(max=N_CELLS - 1)
-    mass, right = table.gather(-1, cell), cdf.gather(-1, cell)
+    if table.dim() == 1:
+        mass, right = table[cell], cdf[cell]
+    else:
+        mass, right = table.gather(-1, cell), cdf.gather(-1, cell)
     sqrt_t = (cell + 1 - ((right - u) / mass).clamp(0, 1)) / N_CELLS
     return sqrt_t.square(), 2 * sqrt_t / (mass * N_CELLS)
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. MIRROR: two masks that make up for each other. Attacks A; TWO passes; unbiased.
+# 5. MIRROR: two masks as different as they can be. It attacks A; TWO passes; unbiased.
 
 
 def mirror(r):
-    """The uniforms r (M, ..., n) that masks are made from (hidden where r < p) and their antithetic
-    ones, r and 1 - r: (2M, ..., n). p <= 1/2: no token is hidden twice; p >= 1/2: none is spared.
-    Each mask alone is an ordinary one, so the mean of both losses is unbiased. With rho = E[Cov] /
-    E[Var] of the two given x0 and t, A becomes A/2 * (1 + rho); rho <= 0 for the plain loss if one
-    more hidden token never lowers H. Fair controls: multi2 (independent masks), batch2, steps2."""
+    """The random numbers r (M, ..., n) and their mirror images: (2M, ..., n).
+
+    In the example r = .1 .8 .4 .6 hides tokens 1 and 3 at t = .5. The mirror image 1 - r is
+    .9 .2 .6 .4, and hides tokens 2 and 4. Together they ask for every token once, as an ARM does:
+    W = 1 1 1 1. For t <= 1/2 no token is hidden twice, for t >= 1/2 no token is hidden never.
+
+    Each mask alone is an ordinary mask, so the mean of the two losses stays unbiased. A becomes
+    A/2 * (1 + rho), where rho is the correlation of the two losses given x0 and t. It is at most 0
+    if hiding one more token never lowers H. Fair controls cost two passes as well: two independent
+    masks (multi2), twice the batch (batch2), twice the steps (steps2)."""
     return torch.cat([r, 1 - r])
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. The other methods.
+# 6. The paper's other four methods, and its baseline: clipped rates.
 
 
-def exact_count(u, n):
-    """Exact counts: hide exactly k ~ U{1..n} tokens, weight 1/k. Attacks A; one pass; unbiased, no
-    eps. (RADD; LLaDA's evaluation.) u (S, B) in (0,1] -> k/n, which stands in for p. It takes off
-    the noise k/(n t) of the plain weight; for small n nearly all of that is the empty mask."""
-    return (u * n).ceil() / n
-
-
-def stratify(u, shuffle, strata):
-    """StraTS: draw equally often from each stratum of (0,1]. Attacks B; one pass; unbiased if full.
-    u (..., B) uniform, shuffle (..., B) a random permutation of 0..B-1 -> u (..., B)."""
-    return (shuffle % strata + u) / strata
+def stratify(u):
+    """StraTS: u (..., B) uniform -> (..., B), equally many in each of about sqrt(B) strata of
+    (0,1]. It attacks B; one pass; unbiased. The law stays at plain's 6.9, since the law knows no B.
+    A batch comes in random order, so it does not matter which sequence gets which stratum.
+    (The paper takes sqrt(B) strata; the largest divisor of B up to that fills them equally.)"""
+    B = u.shape[-1]
+    strata = n_strata(B)
+    return (torch.arange(B, device=u.device) % strata + u) / strata
 
 
 def n_strata(batch_size):
-    """The paper takes sqrt(batch_size) strata. OURS: the largest divisor up to that fills them."""
     return max(d for d in range(1, math.isqrt(batch_size) + 1) if batch_size % d == 0)
 
 
 def isad(p, is_rare, delta=0.2):
-    """ISAD: hide rare tokens with q = min(p + delta, 1), weight 1/q. Attacks A on these; one pass;
-    BIASED (OURS to note): what a token is predicted from has more rare ones hidden than in (2).
-    p (S, B, 1), is_rare (S, B, n) bool -> (S, B, n)."""
+    """ISAD: hide rare tokens with the probability min(p + delta, 1), and weigh them accordingly.
+    p (..., B, 1), is_rare (..., B, n) bool -> (..., B, n). It attacks A on rare tokens; one pass.
+    BIASED (OURS to note): every token is now predicted from a context with fewer rare tokens."""
     return torch.where(is_rare, (p + delta).clamp(max=1), p)
 
 
-def clipped(u, low=0.3, high=0.8):
-    """Clipped rates: t ~ U[low, high]. Attacks A; one pass; BIASED. (Arriola, arXiv 2503.09573.)"""
-    return low + (high - low) * u
+# SyRM lets symbols of the prompt be hidden and asked for, too: another objective, so it is BIASED.
+# train.py adds their positions to pos, and nothing else changes.
 
 
 def ema_baseline(loss, u, ema, step=0.01):
-    """EMA: subtract from each loss a running mean of those at similar rates, one for each bin of
-    u, and add back their mean. loss, u (S, B), ema (S, bins) -> a steadier loss (S, B), new ema.
-    What is subtracted has no gradient: the GRADIENT, and training, is the same to the bit."""
+    """EMA: take from each loss a running mean of losses at similar rates, and add the mean back.
+    loss, u (S, B) and ema (S, bins) -> a steadier loss (S, B), and the new ema. The running mean
+    has no gradient, so the GRADIENT is the same to the bit: EMA trains like plain training."""
     bins = ema.shape[-1]
-    onehot = F.one_hot(((u * bins).ceil().long() - 1).clamp(0, bins - 1), bins).to(loss.dtype)
-    steady = loss - (onehot @ ema[..., None])[..., 0] + ema.mean(-1, keepdim=True)
+    bin_of = ((u * bins).ceil().long() - 1).clamp(0, bins - 1)
+    steady = loss - ema.gather(-1, bin_of) + ema.mean(-1, keepdim=True)
     with torch.no_grad():
-        count = onehot.sum(1)
-        mean = (onehot * loss[..., None]).sum(1) / count.clamp(min=1)
+        count = torch.zeros_like(ema).scatter_add(-1, bin_of, torch.ones_like(loss))
+        mean = torch.zeros_like(ema).scatter_add(-1, bin_of, loss) / count.clamp(min=1)
         return steady, torch.where(count > 0, ema + step * (mean - ema), ema)
 
 
+def clipped(u, low=0.3, high=0.8):
+    """Clipped rates: t ~ U[low, high] (Arriola, arXiv 2503.09573). No rate is small, so no weight
+    is large: 2.0 ARMs. One pass; BIASED, since the bound (2) needs all rates."""
+    return low + (high - low) * u
+
+
 # --------------------------------------------------------------------------------------------------
-# 6. A method is what it does to u (the rate), to r (the mask) and to the weight. Its name is made
-# of words, `"mirror" in "ppots_mirror"` (CONFLICTS: never both); "mdm" and "arm" are plain ones.
-# train.py does strats, ema, batch2, steps2, and SyRM (symbols of the prompt are masked too).
-WORDS = "ppots exactk clipped isad strats mirror multi2 syrm ema batch2 steps2".split()
-CONFLICTS = ["ppots exactk", "ppots clipped", "exactk clipped", "exactk isad", "batch2 steps2"]
+# 7. By count: hide exactly k tokens.
+#
+# At t = .3 the example hides token 1 only: k = 1. Plain training divides by n t = 1.2. The ratio
+# k/(n t) is pure noise, since the loss depends on the mask alone. The best weight for a mask is its
+# mean given k, and the mean is simple: n/k times (n + 1)/n. The last factor pays for empty masks
+# (t = .05 hides nothing). Never draw an empty mask, and the weight is n/k: here 4, the ARM's sum.
+#
+# So a one-mask method is a law P(k) on k = 1 ... n. It hides k random tokens with the weight
+# 1/(k P(k)), and is unbiased for every law, without eps:
+#
+#     exactk          P(k) = 1/n              (RADD, arXiv 2406.03736; LLaDA's evaluation)
+#     sqrtk           P(k) ~ 1/sqrt(k)        OURS: it minimises E[W^2] = 1/n sum_k 1/(k P(k))
+#     ppots_exactk    P(k) = int q(t) Bin(k; n, t) dt, the counts that P-POTS would hide. OURS
+#     clipped_exactk  P(k) = the same for t ~ U[.3, .8]; its bias is that of clipped rates. OURS
+#
+# sqrtk tends to 4 ARMs for long responses, and no unbiased one-mask method stays below.
 
 
-def n_masks(method):
-    """M, the masks per sequence and step."""
-    return 2 ** (("mirror" in method) + ("multi2" in method))
+def binomial_law(n, t, k):
+    """Bin(k; n, t) for n (..., 1), t (Q,) and k (K,) -> (..., Q, K); 0 where k > n."""
+    law = torch.distributions.Binomial(n[..., None], t[:, None], validate_args=False)
+    return law.log_prob(k).exp()
 
 
-def rate(method, u, n, table=None, eps=1e-3, is_rare=None):
-    """u (S, B) in (0,1] -> p (S, B, 1), for isad (S, B, n), and the importance weight (S, B, 1)."""
-    p, importance = rate_to_p_mask(u, eps), torch.ones_like(u)
-    if "ppots" in method:
-        if table is None:
-            raise ValueError("ppots needs a table: measure_counts on your model, then ppots_table")
+def count_law(words, n, n_max, table=None):
+    """The law of k = 1 ... n_max for responses of n (..., B or 1) tokens: P(k) and the weight of
+    each k, both (..., B or 1, n_max), in n's dtype. For ppots a table (..., N_CELLS)."""
+    k = torch.arange(1, n_max + 1).to(n)
+    n = n[..., None]
+    # A mask's weight is int Bin(k; n, t) / t dt over P(k). Over all rates the integral is 1/k.
+    integral = 1 / k
+    if "sqrtk" in words:
+        chance = k**-0.5
+    elif "ppots" in words:
+        binomial = binomial_law(n, CELLS.to(n), k)
+        chance = (table[..., None, None, :].to(n) @ binomial).squeeze(-2)
+    elif "clipped" in words:
+        t = clipped((torch.arange(N_CELLS).to(n) + 0.5) / N_CELLS)
+        binomial = binomial_law(n, t, k)
+        chance = binomial.mean(-2)
+        integral = (binomial / t[:, None]).mean(-2)
+    else:
+        chance = torch.ones_like(integral)
+    chance = torch.where(k <= n, chance, 0.0)
+    chance = chance / chance.sum(-1, keepdim=True)
+    return chance, integral / chance.clamp(min=1e-30)
+
+
+def draw_count(u, n, chance, weight):
+    """Invert the CDF of a law of counts: u (..., B) -> k and its weight, both (..., B)."""
+    k = 1 + (u[..., None] > chance.cumsum(-1)).sum(-1)
+    k = torch.minimum(k.to(n), n)  # rounding may leave the last CDF value a little below u
+    weight = weight.expand(*k.shape, -1).gather(-1, k.long()[..., None] - 1).squeeze(-1)
+    return k, weight
+
+
+# --------------------------------------------------------------------------------------------------
+# 8. A method is a set of words. "ppots_mirror" is {"ppots", "mirror"}; "mdm" is the empty set.
+#
+# A METHOD OF YOUR OWN goes here: a word with a short description in MASKING, and an `if` in
+# draw_masks. train.py, its --help, sample.py and the tests then know it.
+
+MASKING = {  # words that change the masks or their weights
+    "ppots": "t from the density of least variance, measured by a pilot",
+    "clipped": "t ~ U[0.3, 0.8]; BIASED",
+    "exactk": "exactly k ~ U{1..n} hidden tokens; with ppots or clipped their law of k",
+    "sqrtk": "exactly k hidden tokens, P(k) ~ 1/sqrt(k)",
+    "isad": "rare tokens hidden more often; BIASED",
+    "strats": "stratified rates over the batch",
+    "mirror": "two negatively correlated masks; two passes",
+    "multi2": "a control: two independent masks; two passes",
+}
+TRAINING = {  # words that change the training loop, so train.py does them
+    "arm": "the autoregressive model",
+    "syrm": "symbols of the prompt are hidden and asked for, too; BIASED",
+    "ema": "a steadier reported loss, the same training",
+    "batch2": "a control: twice the batch; two passes",
+    "steps2": "a control: twice the steps; two passes",
+}
+CONFLICTS = ["ppots clipped", "ppots sqrtk", "exactk sqrtk", "clipped sqrtk", "exactk isad",
+             "sqrtk isad", "batch2 steps2"]  # fmt: skip
+
+
+def parse_method(name):
+    """A method's words: "ppots_mirror" -> frozenset({"ppots", "mirror"}), "mdm" -> frozenset().
+    A set of words stays as it is. Raises ValueError for a name that makes no sense."""
+    if not isinstance(name, str):
+        return frozenset(name)
+    words = name.strip().lower().replace("pposts", "ppots").split("_")
+    known = {"mdm", *MASKING, *TRAINING}
+    unknown = [word for word in words if word not in known]
+    if unknown or len(words) > len(set(words)):
+        raise ValueError(f"unknown method '{name}': use words of {' '.join(known)} joined by _")
+    for pair in CONFLICTS:
+        if set(pair.split()) <= set(words):
+            raise ValueError(f"method '{name}' joins {pair.replace(' ', ' and ')}: choose one")
+    if "arm" in words and set(words) - {"arm", "batch2", "steps2"}:
+        raise ValueError(f"method '{name}': an arm has no masks, only batch2 or steps2 go with it")
+    return frozenset(words) - {"mdm"}
+
+
+def method_name(words):
+    """The one spelling of a set of words: {"mirror", "ppots"} -> "ppots_mirror"."""
+    ordered = [word for word in [*MASKING, *TRAINING] if word in words]
+    if set(words) <= {"batch2", "steps2"}:
+        ordered = ["mdm", *ordered]
+    return "_".join(ordered)
+
+
+class Work(NamedTuple):
+    """How much more than plain training a method does: masks per sequence, times the batch size,
+    times the steps, and all in all times the forward and backward passes."""
+
+    masks: int
+    batch: int
+    steps: int
+    passes: int
+
+
+def work(words):
+    masks = 1
+    for word in ("mirror", "multi2"):
+        if word in words:
+            masks *= 2
+    batch = 2 if "batch2" in words else 1
+    steps = 2 if "steps2" in words else 1
+    return Work(masks, batch, steps, masks * batch * steps)
+
+
+def draw_rates(words, u, n, n_max, table=None, eps=EPS):
+    """u (..., B) in (0,1] -> p_mask and the weight of a hidden token, both (..., B). By count,
+    p_mask is k/n. n (..., B or 1) tokens in the responses, n_max at most."""
+    if words & {"exactk", "sqrtk"}:
+        k, weight = draw_count(u, n, *count_law(words, n, n_max, table))
+        return k / n, weight
+    if "ppots" in words:
         t, importance = ppots_sample(u, table)
         p = rate_to_p_mask(t, eps)
-    if "exactk" in method:
-        p = exact_count(u, n)
-    if "clipped" in method:
-        p = clipped(u)
-    p, importance = p[..., None], importance[..., None]
-    if "isad" in method:
+        return p, importance / p
+    p = clipped(u) if "clipped" in words else rate_to_p_mask(u, eps)
+    return p, 1 / p
+
+
+def draw_masks(method, u, r, table=None, eps=EPS, is_rare=None, response=None):
+    """A method's masks, bool, and weights, both (M, ..., B, n): all that the loss needs.
+
+    method     a name or a set of words; only words of MASKING
+    u          (..., B) uniform in (0,1], as 1 - torch.rand() gives it: it sets the rate
+    r          (..., B, n) uniform, for multi2 (2, ..., B, n): it picks the hidden tokens
+    table      ppots: a table (..., N_CELLS) of ppots_table
+    is_rare    isad: (..., B, n) bool, the rare tokens
+    response   (..., B, n) bool: only these tokens can be hidden, so that n differs by sequence and
+               r is as long as the sequences. Divide the loss by response.sum(-1): see mdm_loss.
+
+    There may be more leading axes, such as seeds, or none. Raises ValueError, in one line, for
+    a word that belongs to a training loop and for an argument that is missing or has another shape.
+    """
+    words = parse_method(method)
+    check_arguments(words, u, r, table, is_rare)
+    n_max = r.shape[-1]
+    n = u.new_full((1,), n_max)
+    if response is not None:
+        n = response.sum(-1).clamp(min=1).to(u)
+        r = r.masked_fill(~response, 2.0)  # other tokens rank last
+
+    if "strats" in words:
+        u = stratify(u)
+    p, weight = draw_rates(words, u, n, n_max, table, eps)
+    p, weight, n = p[..., None], weight[..., None], n[..., None]
+    if "isad" in words:
+        importance = weight * p
         p = isad(p, is_rare)
-    return p, importance
-
-
-def draw_masks(method, u, r, table=None, eps=1e-3, is_rare=None):
-    """Any method's masks, bool, and weights, both (M, S, B, n): all that the loss needs.
-    Uniform u (S, B) in (0,1], for strats from stratify; and r (1, S, B, n), multi2: (2, S, B, n);
-    for isad is_rare (S, B, n) bool; for ppots a table. ValueError: no table, or no such method."""
-    words, n = set(method.split("_")), r.shape[-1]
-    if not words <= {"mdm", *WORDS} or any({*pair.split()} <= words for pair in CONFLICTS):
-        raise ValueError(f"no method {method}: join words of {WORDS} by _, none of {CONFLICTS}")
-    p, importance = rate(method, u, n, table, eps, is_rare)
-    if "exactk" in method:
+        weight = importance / p
+    if words & {"exactk", "sqrtk"}:
         r = (ranks(r) + 0.5) / n  # exactly k of these are below k/n
-    if "mirror" in method:
+    if "multi2" not in words:
+        r = r[None]
+    if "mirror" in words:
         r = mirror(r)
     mask = r < p
-    return mask, (importance / p).expand(mask.shape)
+    if response is not None:
+        mask = mask & response
+    return mask, weight.expand(mask.shape)
+
+
+def check_arguments(words, u, r, table, is_rare):
+    """Raise ValueError, in one line, if draw_masks cannot do what is asked of it."""
+    other = words - MASKING.keys()
+    if other:
+        raise ValueError(f"draw_masks does not know {' '.join(other)}: a training loop does")
+    if "ppots" in words and table is None:
+        raise ValueError("ppots needs a table: measure H on your model, then ppots_table")
+    if "isad" in words and is_rare is None:
+        raise ValueError("isad needs is_rare: a bool for each token")
+    wanted = (2, *u.shape) if "multi2" in words else tuple(u.shape)
+    if tuple(r.shape[:-1]) != wanted:
+        wanted = ", ".join(map(str, wanted))
+        raise ValueError(f"r must have the shape ({wanted}, n), not {tuple(r.shape)}")
 
 
 def method_loss(model, x0, pos, mask, weight):
     """x0 (S, B, T), pos (n,), mask, weight (M, S, B, n) -> loss (S, B), its mean over the masks."""
-    mask, weight = mask.transpose(0, 1), weight.transpose(0, 1)  # (S, M, B, n): one forward batch
-    nll = token_nll(model, x0[:, None].expand(-1, mask.shape[1], -1, -1), pos, mask)
-    return mdm_loss(nll, mask, weight).mean(1)
+    mask = mask.transpose(0, 1)  # (S, M, B, n): seeds lead, and all masks are one batch
+    weight = weight.transpose(0, 1)
+    x0 = x0[:, None].expand(-1, mask.shape[1], -1, -1)
+    return mdm_loss(token_nll(model, x0, pos, mask), mask, weight).mean(1)
+
+
+def cost_in_arms(method, n, table=None, eps=EPS, n_rates=256):
+    """The law's number E[W_i^2] for a response of n tokens, from draw_masks itself. Not for isad.
+    u takes many values in each of n_rates cells, narrow where 1/p is steep. r takes equally spaced
+    values in random order, so that even the rare small r, which matter most, count right."""
+    draw = torch.Generator().manual_seed(0)
+    words = parse_method(method) - {"strats"}  # strata change B, and the law knows no B
+    edges = torch.linspace(0, 1, n_rates + 1).double() ** 4
+    width = edges.diff()[:, None]
+    rows = math.ceil(8192 / n)  # of r, for each cell of u
+    u = edges[1:, None] - width * torch.rand(n_rates, rows, generator=draw).double()
+    spaced = (torch.arange(rows * n).double() + 0.5) / (rows * n)
+    spaced = spaced.view(n, rows).T  # each row has one value from each n-th part of (0,1)
+    r = []
+    for _ in range(2 if "multi2" in words else 1):
+        row_order = torch.rand(n_rates, rows, generator=draw).argsort(-1)
+        token_order = torch.rand(n_rates, rows, n, generator=draw).argsort(-1)
+        r.append(spaced[row_order].gather(-1, token_order))
+    mask, weight = draw_masks(words, u, torch.stack(r) if "multi2" in words else r[0], table, eps)
+    W = (mask * weight).mean(0)
+    return (width * W.square().mean(-1) / rows).sum().item()
 
 
 # --------------------------------------------------------------------------------------------------
-# 7. The variance, measured: equation (3) at a given model, for the loss and for the gradient.
+# 9. The variance, measured: equation (3) for the gradient of a given model, exactly.
+#
+# For short responses one can list all N = 2^n masks. Let V_m be the gradient of H under mask m.
+# A step's gradient is a sum of V_m with coefficients c_m: weight/n for a mask that was drawn, and 0
+# for all others. (With M masks a step, divide by M.) So its mean square is a sum over pairs,
+#
+#     E |grad l|^2  =  sum_{m, m'} E[c_m c_m'] K_mm',    K_mm' = E_{x0} <V_m, V_m'>.
+#
+# A, B and C ask how much two steps have in common. The same step twice gives E[c c']. Two steps
+# with the same rate give E_t[E[c|t] E[c'|t]]. Two steps with the same data only give E[c] E[c'].
 
 
 def sample_gradients(model, x0, pos, mask, weight):
     """Loss (N,) and gradient (N, P) of each of N samples x0 (N, T), mask and weight (N, n), at
-    the first seed. The seed axis does the work: N copies of the model, each given one sample."""
+    the first seed. The seed axis does the work: N copies of the model get one sample each."""
     copies = {}
     for name, p in model.named_parameters():
         copies[name] = p[:1].detach().repeat_interleave(len(x0), 0).requires_grad_()
 
-    def net(idx, at):
-        return torch.func.functional_call(model, copies, (idx, at))
+    class Copies:
+        config = model.config
 
-    net.config = model.config
-    loss = method_loss(net, x0[:, None], pos, mask[None, :, None], weight[None, :, None])[:, 0]
+        def __call__(self, idx, at):
+            return torch.func.functional_call(model, copies, (idx, at))
+
+    loss = method_loss(Copies(), x0[:, None], pos, mask[None, :, None], weight[None, :, None])[:, 0]
     gradient = torch.autograd.grad(loss.sum(), list(copies.values()))
     return loss.detach(), torch.cat([g.flatten(1) for g in gradient], 1)
 
 
-# OURS, exact for short responses: list all N = 2^n masks. With V_m the H of mask m, or its
-# gradient, and a = weight/n, the loss is l = a V_m. So each moment of l is a sum over the Gram
-# matrix K = E_{x0}[V V^T] (N, N), times a matrix that says how often the method draws what.
-
-
 def all_masks(n):
-    """All 2^n masks (2^n, n), bool."""
+    """All 2^n masks (2^n, n), bool. Row j holds the binary digits of j."""
     return (torch.arange(2**n)[:, None] >> torch.arange(n)) & 1 == 1
 
 
 def grams(model, x0, pos):
-    """For the loss and for the gradient: K and that of the mean of V over x0, both (N, N), float64.
-    x0 (X, T) counts as the whole data set. For an ARM N = 1 and V is the loss."""
-    masks, weight = all_masks(len(pos)).to(x0.device), float(len(pos))
+    """K (N, N) float64 as above, with the gradient for V, and K_mean: the same for the mean of V
+    over x0 (X, T), which counts as the whole data set. An ARM has N = 1, and V is its gradient."""
+    n = len(pos)
+    masks = all_masks(n).to(x0.device)
+    weight = float(n)  # so that the loss is H
     if model.config.causal:
-        masks, weight = masks[-1:], 1.0
-    weights = torch.full(masks.shape, weight, device=x0.device)
-    total, mean = [0, 0], [0, 0]
-    for x in x0.unsqueeze(1).expand(-1, len(masks), -1):
-        for i, V in enumerate(sample_gradients(model, x, pos, masks, weights)):
-            V = V.cpu().double().view(len(masks), -1)
-            total[i] = total[i] + V @ V.T / len(x0)
-            mean[i] = mean[i] + V / len(x0)
-    return [(K, V @ V.T) for K, V in zip(total, mean)]
+        masks = masks[-1:]
+        weight = 1.0
+    K = 0.0
+    V_mean = 0.0
+    for x in x0:
+        weights = torch.full(masks.shape, weight, device=x0.device)
+        _, V = sample_gradients(model, x.expand(len(masks), -1), pos, masks, weights)
+        V = V.cpu().double()
+        K = K + V @ V.T / len(x0)
+        V_mean = V_mean + V / len(x0)
+    return K, V_mean @ V_mean.T
 
 
-def mask_probabilities(method, p, n):
-    """P(m) of one mask at each of the rates p (Q, 1): (Q, N)."""
-    k = all_masks(n).sum(1)
-    if "exactk" in method:
-        P = (k == (n * p).round()).double()
-        return P / P.sum(1, keepdim=True)
-    return p**k * (1 - p) ** (n - k)
+def mask_laws(words, p, n):
+    """At the rate p: P(m) (N,) of one mask, and P(m, m') (N, N) of a mask and its mirror image."""
+    if words & {"exactk", "sqrtk"}:
+        k = round(n * p)
+        masks = all_masks(n).double()
+        one = (masks.sum(1) == k).double()
+        overlap = masks @ masks.T
+        pair = torch.outer(one, one) * (overlap == max(0, 2 * k - n))  # the least possible
+        return one / one.sum(), pair / pair.sum()
+    # Tokens are independent, so both laws are Kronecker powers of the law of a single token.
+    one = [1 - p, p]
+    only_one = min(p, 1 - p)
+    pair = [[max(1 - 2 * p, 0), only_one], [only_one, max(2 * p - 1, 0)]]
+    one, pair = (torch.tensor(law, dtype=torch.float64) for law in (one, pair))
+    return functools.reduce(torch.kron, [one] * n), functools.reduce(torch.kron, [pair] * n)
 
 
-def mirror_probabilities(method, p, n):
-    """P(m, m') of MIRROR's masks at the rate p, (N, N): the n-th Kronecker power of one token's."""
-    neither, one, both = max(1 - 2 * p, 0), min(p, 1 - p), max(2 * p - 1, 0)
-    token = torch.tensor([[neither, one], [one, both]], dtype=torch.float64)
-    pairs = functools.reduce(torch.kron, [token] * n)
-    if "exactk" in method:  # of these pairs, those of n p tokens each
-        right = all_masks(n).sum(1) == round(n * p)
-        pairs = pairs * torch.outer(right, right)
-    return pairs / pairs.sum()
+def exact_variance(method, grams, n, table=None, eps=EPS, n_rates=400):
+    """{"A", "B", "C", "total"} per sequence of the gradient (or of the loss, if K holds products of
+    H), for a table (N_CELLS,). Not for isad, nor for strats, which takes off B at most.
+    The integral over u is a midpoint rule, with edges wherever a law has some."""
+    words = parse_method(method)
+    K, K_mean = grams
+    if "arm" in words:
+        C = (K - K_mean).item()
+        return {"A": 0.0, "B": 0.0, "C": C, "total": C}
+    masks = work(words).masks
+    mirrors = 1 if "mirror" in words else 0
+    length = torch.tensor([float(n)]).double()
+    if words & {"exactk", "sqrtk"}:
+        edges = [count_law(words, length, n, table)[0][0].cumsum(-1)]
+    else:
+        edges = [torch.linspace(0, 1, n_rates + 1).double() ** 4]  # narrow where 1/p is steep
+        if "ppots" in words:
+            edges.append(table.cumsum(-1))
+    edges = torch.cat([torch.zeros(1), *edges]).double().clamp(max=1).unique()
+    u = (edges[1:] + edges[:-1]) / 2
+    p, weight = draw_rates(words, u, length, n, table, eps)
 
+    same_step = torch.zeros(2**n, 2**n).double()  # E[c c']
+    same_rate = torch.zeros(2**n, 2**n).double()  # E_t[E[c|t] E[c'|t]]
+    mean = torch.zeros(2**n).double()  # E[c]
+    for du, p_i, w_i in zip(edges.diff(), p.tolist(), weight / n):
+        one, mirrored = mask_laws(words, p_i, n)
+        independent = torch.outer(one, one)
+        others = mirrors * mirrored + (masks - 1 - mirrors) * independent
+        same_step += du * w_i**2 * (torch.diag(one) + others) / masks
+        same_rate += du * w_i**2 * independent
+        mean += du * w_i * one
+    same_data = torch.outer(mean, mean)  # E[c] E[c']
 
-def exact_variance(method, K, K_mean, n, table=None, eps=1e-3, batch_size=64, n_rates=840):
-    """A, B, C, total per sequence (a batch's variance times batch_size, where strata matter), from
-    a pair of grams(), by a midpoint rule of n_rates cells of u; not for isad."""
-    if "arm" in method:
-        return {"A": 0.0, "B": 0.0, "C": (K - K_mean).item(), "total": (K - K_mean).item()}
-    edges = torch.linspace(0, 1, n_rates + 1, dtype=torch.float64)
-    if "exactk" not in method:
-        edges = edges**4  # dense where 1/t is steep (exact counts: 840 cells hold one count each)
-    strata = n_strata(batch_size) if "strats" in method else 1
-    u = (torch.arange(strata)[:, None] + (edges[1:] + edges[:-1]) / 2) / strata
-    p, importance = (z[0] for z in rate(method, u.view(1, -1), n, table, eps))  # (rates, 1)
-    a, du = importance / (n * p), edges.diff().repeat(strata)[:, None] / strata
-    P = mask_probabilities(method, p, n)
-    second = (du * a**2 * P).sum(0).diag()  # the matrix of E[l l]: one mask
-    given_t = (a * P).T @ (du * a * P)  # that of E_t[E[l|t] E[l|t]]: two independent masks
-    if "mirror" in method:  # l = (l1 + l2)/2, so E[l l] is half E[l1 l1] and half E[l1 l2]
-        for one_p, weight in zip(p[:, 0].tolist(), du * a**2):
-            second = second + weight * mirror_probabilities(method, one_p, n)
-        second = second / 2
-    if "multi2" in method:
-        second = (second + given_t) / 2
-    means = (du * a * P).view(strata, n_rates, -1).sum(1)  # each stratum's share of E[l], times V
-    square = torch.outer(means.sum(0), means.sum(0))  # the matrix of E[l] E[l]
-    between = strata * means.T @ means - square  # what strata differ by: it is taken off
-    A = ((second - given_t) * K).sum()
-    B = ((given_t - square) * K).sum() - (between * K_mean).sum()
-    C = (square * (K - K_mean)).sum()
-    return {"A": A.item(), "B": B.item(), "C": C.item(), "total": (A + B + C).item()}
+    A = ((same_step - same_rate) * K).sum().item()
+    B = ((same_rate - same_data) * K).sum().item()
+    C = (same_data * (K - K_mean)).sum().item()
+    return {"A": A, "B": B, "C": C, "total": A + B + C}
 
 
 # --------------------------------------------------------------------------------------------------
-# 8. Generation.
+# 10. Generation: from masks to text, a few tokens a step.
 
 
 @torch.no_grad()
 def generate(model, x, pos, steps=None, temperature=0.0, order="confidence", generator=None):
     """Fill in the mask tokens of x (S, B, T) at pos (n,), in n or fewer steps; yield x after each.
-    A step predicts all and keeps the surest ("confidence"), first ("left") or any ("random")."""
-    n, causal, mask_id = len(pos), model.config.causal, model.config.vocab_size
-    order, steps = ("left", n) if causal else (order, min(steps or n, n))
+    A step predicts all hidden tokens, and keeps some of them: the surest (order="confidence"), the
+    leftmost ("left") or random ones ("random"). An ARM goes from left to right, a token a step."""
+    n = len(pos)
+    causal = model.config.causal
+    mask_id = model.config.vocab_size
+    steps = min(steps or n, n)
+    if causal:
+        order = "left"
+        steps = n
     for step in range(steps):
         logits = model(x[..., :-1], pos - 1) if causal else model(x, pos)
         if temperature > 0:
@@ -513,47 +827,78 @@ def generate(model, x, pos, steps=None, temperature=0.0, order="confidence", gen
             token = p.multinomial(1, generator=generator).view(logits.shape[:-1])
         else:
             token = logits.argmax(-1)
-        score = logits.log_softmax(-1).gather(-1, token[..., None])[..., 0]
         if order == "left":
             score = -pos.float().expand(token.shape)
-        if order == "random":
+        elif order == "random":
             score = torch.rand(token.shape, generator=generator, device=x.device)
-        masked = x[..., pos] == mask_id
-        n_keep = (masked.sum(-1, keepdim=True) / (steps - step)).ceil()  # the last step leaves none
-        keep = masked & (ranks(-score.masked_fill(~masked, -torch.inf)) < n_keep)
+        else:
+            score = logits.log_softmax(-1).gather(-1, token[..., None]).squeeze(-1)
+        hidden = x[..., pos] == mask_id
+        n_keep = (hidden.sum(-1, keepdim=True) / (steps - step)).ceil()  # the last step leaves none
+        best_first = ranks(-score.masked_fill(~hidden, -torch.inf))
+        keep = hidden & (best_first < n_keep)
         x = x.clone()
         x[..., pos] = torch.where(keep, token, x[..., pos])
         yield x
 
 
-def demo():
-    """Equation (3) for an untrained model on 16 toy sequences: six digits, four sums mod 10."""
-    draw = torch.Generator().manual_seed(0)
-    x0 = torch.randint(10, (16, 10), generator=draw)
-    x0[:, 6:], pos, n = (x0[:, :4] + x0[:, 2:6]) % 10, torch.arange(6, 10), 4
-    arm, model = (GPT(GPTConfig(10, 10, causal=c), [draw.manual_seed(1)]) for c in (True, False))
-    K_arm, K_mdm = grams(arm, x0, pos), grams(model, x0, pos)
-    pilot = measure_counts(model, x0[None], pos, torch.rand(1, 16, n, n, generator=draw))
-    table, plain = ppots_table(*pilot, n), None
+# --------------------------------------------------------------------------------------------------
+# 11. A demonstration: train a tiny model, then compare the law with its exact gradient variance.
 
-    print("Variance per sequence, over all masks and 840 rates; in the last column over mdm's.\n")
-    print(f"{'':21}{'loss':^36}{'gradient':^36}\n{'method':15}passes", end="")
-    print(f"{'A':>9}{'B':>9}{'C':>9}{'total':>9}" * 2 + f"{'ratio':>9}")
-    for method in "mdm arm ppots mirror ppots_mirror multi2 strats exactk exactk_mirror".split():
-        pairs = K_arm if method == "arm" else K_mdm
-        loss, gradient = (exact_variance(method, *pair, n, table) for pair in pairs)
-        plain = plain or gradient["total"]  # mdm comes first
-        values = [*loss.values(), *gradient.values(), gradient["total"] / plain]
-        print(f"{method:15}{n_masks(method):^6}" + "".join(f"{value:9.3g}" for value in values))
-    epsilons = [1e-2, 1e-3, 1e-4, 1e-5, 1e-6]
-    print("\nThe loss's total as eps -> 0: mdm's grows like log(1/eps); others settle, EPR late.")
-    print(f"\n{'eps':21}" + "".join(f"{eps:9.0e}" for eps in epsilons))
-    for method, fit in [("mdm", ""), ("ppots", "epr"), ("ppots", "grid"), ("exactk", "")]:
-        line = f"{method + ' ' + fit:21}"
-        for eps in epsilons:
-            table = ppots_table(*pilot, n, fit, eps) if fit else None
-            line += f"{exact_variance(method, *K_mdm[0], n, table, eps)['total']:9.3f}"
-        print(line)
+DEMO_METHODS = """mdm ppots mirror ppots_mirror multi2 exactk sqrtk clipped exactk_mirror
+    sqrtk_mirror""".split()
+DEMO_HEAD = """
+How noisy is the gradient of this model? Each line is a method.
+  passes     forward and backward passes a step
+  law        the noise predicted by section 3, in ARMs
+  predicted  the same, as a share of plain training's (mdm)
+  measured   the exact variance of the gradient over 16 sequences, all rates and all 16 masks, as a
+             share of plain training's; then its parts: A, which tokens; B, how many; C, which data
+
+method      passes         law   predicted    measured           A           B           C"""
+DEMO_END = """
+Most of plain training's noise is A, and the law predicts the order of the methods without a model.
+P-POTS lowers A and pays with some B. Hiding exactly k tokens (exactk, sqrtk) needs one pass, and
+leaves less noise than MIRROR does with two. No method lowers C, the noise of the data."""
+
+
+def demo():
+    torch.set_num_threads(1)  # the model is tiny
+    draw = torch.Generator().manual_seed(0)
+    digits = torch.randint(10, (512, 6), generator=draw)
+    sums = (digits[:, :4] + digits[:, 2:]) % 10
+    x0 = torch.cat([digits, sums], 1)  # six digits, then four sums: the prompt and the response
+    n = 4
+    pos = torch.arange(6, 10)
+    model = GPT(GPTConfig(vocab_size=10, block_size=10, n_embd=32), [draw])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    print(f"Training a tiny MDM by P(k) ~ 1/sqrt(k) on sums such as {x0[0].tolist()}:")
+    for step in range(301):
+        batch = x0[torch.randint(len(x0), (1, 32), generator=draw)]
+        u = 1 - torch.rand(1, 32, generator=draw)
+        r = torch.rand(1, 32, n, generator=draw)
+        mask, weight = draw_masks("sqrtk", u, r)
+        loss = method_loss(model, batch, pos, mask, weight).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 100 == 0:
+            print(f"  step {step:3}  loss {loss.item():.2f}")
+
+    data = x0[:16]
+    pairs = grams(model, data, pos)
+    counts, H = pilot(model, data[None], pos, torch.rand(1, 16, n, n, generator=draw))
+    table = ppots_table(counts, H, n, fit="grid")[0]
+    plain_law = cost_in_arms("mdm", n)
+    plain = exact_variance("mdm", pairs, n)["total"]
+    print(DEMO_HEAD)
+    for method in DEMO_METHODS:
+        law = cost_in_arms(method, n, table)
+        gradient = exact_variance(method, pairs, n, table)
+        shares = [law / plain_law, *(gradient[part] / plain for part in ("total", "A", "B", "C"))]
+        cells = "".join(f"{share:12.0%}" for share in shares)
+        print(f"{method:15}{work(parse_method(method)).passes:4}{law:12.2f}{cells}")
+    print(DEMO_END)
 
 
 if __name__ == "__main__":

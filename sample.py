@@ -1,4 +1,4 @@
-"""sample.py - ask a trained model.
+"""sample.py - let a trained model fill in what is missing.
 
     python sample.py --method=ppots_mirror --seed=42 --prompt="123+456="
     python sample.py --method=mdm --prompt="123+456=" --show                watch it unmask
@@ -9,6 +9,7 @@
     python sample.py --method=mdm --prompt="KING ____:" --order=random      fill in, as no ARM can
 """
 import argparse
+import os
 import sys
 import time
 
@@ -16,8 +17,8 @@ import torch
 
 import mdm
 import train
-from data import arith, machine
-from data.machine import fail
+from data import arith, runs
+from data.runs import fail
 from data.text import Vocabulary
 
 
@@ -26,9 +27,9 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser("sample.py", None, __doc__, formatter_class=raw)
     parser.error = fail
     add = parser.add_argument
-    add("--out_dir", default="out", help="where train.py wrote its checkpoints [out]")
+    add("--out_dir", help="where train.py wrote its checkpoints (default: the newest in out/)")
     add("--method", default="ppots_mirror", help="which method's model [ppots_mirror]")
-    add("--seed", type=int, help="which seed's model (default: the first one trained)")
+    add("--seed", type=int, help="which seed's model (default: the smallest there is)")
     add("--prompt", action="append", default=[], help="may be repeated (text: default none)")
     add("--file", help="a UTF-8 file with one prompt per line")
     add("--mask_char", default="_", help="marks, in a prompt, what is to be filled in [_]")
@@ -41,14 +42,16 @@ def parse_args(argv=None):
     add("--show", action="store_true", help="show every step, animated in a terminal")
     add("--device", default="auto", help="cpu, cuda, mps or auto [auto]")
     args = parser.parse_args(argv)
-    counts = [1 if n is None else n for n in (args.steps, args.length)]
-    good = min(counts) > 0 and args.temperature >= 0 and 0 <= args.sample_seed < 2**63
-    if not good or len(args.mask_char) != 1:
-        fail("--steps and --length start at 1, others at 0, and --mask_char is one character")
+    for name, least in [("steps", 1), ("length", 1), ("temperature", 0), ("sample_seed", 0)]:
+        value = getattr(args, name)
+        if value is not None and not least <= value < 2**63:
+            fail(f"--{name}={value} must be at least {least}")
+    if len(args.mask_char) != 1:
+        fail(f"--mask_char={args.mask_char} must be one character")
     if args.file:
         try:
-            with open(args.file, encoding="utf-8-sig") as f:
-                args.prompt += [line for line in f.read().splitlines() if line]
+            with open(os.path.expanduser(args.file), encoding="utf-8-sig") as f:
+                args.prompt += [line.rstrip("\n") for line in f if line.rstrip("\n")]
         except (OSError, UnicodeDecodeError) as e:
             fail(f"--file={args.file} cannot be read as UTF-8 text: {e}")
     return args
@@ -56,16 +59,18 @@ def parse_args(argv=None):
 
 def load_model(out_dir, method, seed=None, device="cpu"):
     """One seed's model, with S = 1: (model, its vocabulary, its data set's name)."""
-    saved = machine.find_checkpoint(out_dir, method, seed)
-    vocabulary, T = Vocabulary(**saved["vocabulary"]), saved["weights"]["wpe"].shape[1]
-    shape = len(vocabulary), T, saved["n_layer"], saved["n_head"], saved["n_embd"], "arm" in method
-    model = mdm.GPT(mdm.GPTConfig(*shape), [torch.Generator()])
+    saved = runs.find_checkpoint(out_dir, method, seed)
+    vocabulary = Vocabulary(**saved["vocabulary"])
+    T = saved["weights"]["wpe"].shape[1]
+    causal = "arm" in mdm.parse_method(method.split()[0])
+    shape = [saved[name] for name in ("n_layer", "n_head", "n_embd")]
+    model = mdm.GPT(mdm.GPTConfig(len(vocabulary), T, *shape, causal), [torch.Generator()])
     model.load_state_dict(saved["weights"])
     return model.to(device), vocabulary, saved["dataset"]
 
 
 def encode(vocabulary, prompt, mask_char):
-    """Token ids of a prompt, the mask token's wherever it has a mask_char."""
+    """Token ids of a prompt, with the mask token's id wherever it has a mask_char."""
     ids = []
     try:
         for part in prompt.split(mask_char):
@@ -75,55 +80,69 @@ def encode(vocabulary, prompt, mask_char):
     return ids[1:]
 
 
-def problem(data, ids, prompt):
-    """Arithmetic: T token ids, the missing rest of the response masked."""
-    T, mask_id = data.test.shape[1], len(data.vocabulary)
+def arithmetic_row(data, ids, prompt):
+    """T token ids, where the missing rest of the response is masked."""
+    T = data.test.shape[1]
+    mask_id = len(data.vocabulary)
     if not data.prompt_len <= len(ids) <= T or mask_id in ids[: data.prompt_len]:
         example = data.decode(data.test[0, : data.prompt_len])
         fail(f"prompt '{prompt}' is not like {example}, or that with a part of the answer")
     return ids + [mask_id] * (T - len(ids))
 
 
-def passage(model, vocabulary, ids, prompt):
-    """Text: T token ids; the first is given, a line feed, as lines begin after one."""
-    T, mask_id = model.config.block_size, len(vocabulary)
+def text_row(model, vocabulary, ids, prompt):
+    """T token ids. The first one is given: a line feed, because lines begin after one."""
+    T = model.config.block_size
     if len(ids) > T - 1:
         fail(f"prompt '{prompt}' has {len(ids)} tokens, a block has {T - 1}: shorten it")
     first = vocabulary.encode("\n") if "\n" in vocabulary.items else [0]
-    return first + ids + [mask_id] * (T - 1 - len(ids))
+    return first + ids + [len(vocabulary)] * (T - 1 - len(ids))
 
 
 def show(rows, above):
     """Print the rows, over the `above` lines printed before. Returns how many lines they took."""
-    text = "\n".join(rows)
-    time.sleep(0.05 if above else 0)
-    print(f"\x1b[{above}A\x1b[J{text}" if above else text, flush=True)
-    return text.count("\n") + 1
+    content = "\n".join(rows)
+    if above:
+        time.sleep(0.05)
+        content = f"\x1b[{above}A\x1b[J{content}"
+    print(content, flush=True)
+    return content.count("\n") + 1
 
 
 def main(argv=None):
     args = parse_args(argv)
-    method, device = train.parse_method(args.method), machine.pick_device(args.device)
-    model, vocabulary, dataset = load_model(args.out_dir, method, args.seed, device)
+    device = train.pick_device(args.device)
+    out_dir = os.path.expanduser(args.out_dir or runs.newest_folder() or "out")
+    try:
+        name, *own = args.method.split()  # "ppots ppots_fit=grid"
+        method = " ".join([mdm.method_name(mdm.parse_method(name)), *own])
+    except ValueError as e:
+        fail(e)
+    model, vocabulary, dataset = load_model(out_dir, method, args.seed, device)
     prompts = args.prompt or [""]
     ids = [encode(vocabulary, prompt, args.mask_char) for prompt in prompts]
-    if model.config.causal and len(vocabulary) in sum(ids, []):
+    mask_id = len(vocabulary)
+    if model.config.causal and any(mask_id in row for row in ids):
         fail("there are gaps to fill, and an ARM can only go on: use an MDM's --method")
     if dataset in arith.DATASETS:
         data = arith.make(dataset)
-        rows = [problem(data, *pair) for pair in zip(ids, prompts)]
-        begin, first, end = data.prompt_len, 0, model.config.block_size
+        rows = [arithmetic_row(data, *pair) for pair in zip(ids, prompts)]
+        begin = data.prompt_len
+        first = 0  # the first token to show
+        end = model.config.block_size
     else:
-        rows = [passage(model, vocabulary, *pair) for pair in zip(ids, prompts)]
-        gaps = all(len(vocabulary) in row for row in ids)
-        length = args.length or (max(map(len, ids)) if gaps else 10**9)
-        begin, first, end = 1, 1, min(1 + length, len(rows[0]))
+        rows = [text_row(model, vocabulary, *pair) for pair in zip(ids, prompts)]
+        begin = first = 1
+        length = len(rows[0]) - 1
+        if all(mask_id in row for row in ids):  # only gaps are to be filled
+            length = max(len(row) for row in ids)
+        end = min(1 + (args.length or length), len(rows[0]))
 
     def lines(x):
         return [vocabulary.decode(row[first:end], args.mask_char) for row in x[0].tolist()]
 
     x = torch.tensor([rows], device=device)
-    masked = x[0, :, begin:end] == len(vocabulary)
+    masked = x[0, :, begin:end] == mask_id
     pos = torch.arange(begin, end, device=device)[masked.any(0)]
     above = show(lines(x), 0) if args.show else 0
     generator = torch.Generator(device).manual_seed(args.sample_seed)
@@ -136,4 +155,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(runs.guarded(main))

@@ -2,112 +2,138 @@
 
     python train.py                                        ARM, MDM, P-POTS+MIRROR, three seeds
     python train.py --method=ppots_mirror                  one method (pposts_mirror is the same)
-    python train.py --method=mdm,mdm_batch2,multi2,mirror  MIRROR beside controls of its compute
-    python train.py --n_seeds=32 --out_dir=out32           32 seeds, trained as one batch
+    python train.py --method=mdm,mdm_batch2,multi2,mirror  MIRROR, and controls of the same cost
+    python train.py --n_seeds=32                           32 seeds, trained as one batch
     python train.py --dataset=shakespeare_char             text; or --dataset=FILE for any of yours
                      (defaults for text: n_layer 4, n_embd 128, batch_size 12, steps 2000)
+    python train.py --report                               tables and figures of the newest results
     torchrun --nproc_per_node=2 train.py --n_seeds=32      share the seeds over processes or GPUs
 
 A method is arm, mdm, or words joined by _ that say what is changed in the MDM (see mdm.py):
-    ppots    t from the density of least variance   exactk   exactly k ~ U{1..n} masked tokens
-    mirror   two negatively correlated masks        strats   stratified rates over the batch
-    clipped  t ~ U[0.3, 0.8]; BIASED                isad     rare tokens masked more often; BIASED
-    syrm     the prompt's symbols too; BIASED       ema      a steadier reported loss, same training
-    controls of two passes: multi2 (two independent masks), batch2 (twice the batch), steps2
 """
 import argparse
+import copy
 import dataclasses
+import itertools
 import json
 import math
 import os
+import platform
 import shlex
+import subprocess
 import sys
 import time
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-import data as datasets
 import mdm
-from data import arith, machine, report, text, variance
-from data.machine import RANK, SHARE, WORLD_SIZE, fail
+from data import arith, runs, text
+from data.results import report, variance
+from data.runs import fail
 
 # --------------------------------------------------------------------------------------------------
 # Settings. All methods share them: only the estimator differs.
 
-SETTINGS = [  # name, default, the reason for it (its --help) and, for a number, its limits
-    ("method", "arm,mdm,ppots_mirror", "methods, separated by commas; see above"),
-    ("seeds", "", "seeds, separated by commas (default: the paper's 42,731,20231)"),
-    ("n_seeds", 0, "or how many: the paper's three, then 0,1,2,...", 0, 1e5),
-    ("dataset", "add3", f"{', '.join(arith.DATASETS)}; or shakespeare_char; or a text file"),
-    ("init_from", "", "fine-tune: another run's out_dir; its newest arm or mdm, the first seed"),
-    ("n_train", 0, "for scarce data: take only so many training problems (0: all)", 0, 1e9),
-    ("n_test", 512, "arithmetic: held-out problems decoded at the end, at most", 1, 1e6),
-    ("tokenizer", "char", "text: char, or a tiktoken encoding such as gpt2"),
-    ("block_size", 64, "text: tokens per sequence, given one before them", 1, 1e6),
-    ("steps", 1000, "optimizer steps: the ARM solves add3, MDM seeds still disagree", 1, 1e9),
-    ("batch_size", 64, "sequences per step and seed", 1, 1e6),
-    ("lr", 3e-3, "peak learning rate, after 100 steps of warm-up; then linearly to 0", 0, 1e3),
-    ("weight_decay", 0.01, "AdamW's; small, as a model this size hardly overfits", 0, 1e3),
-    ("grad_clip", 1.0, "largest norm of a seed's gradient", 1e-9, 1e9),
-    ("eps", 1e-3, "smallest masking rate, as in LLaDA; keeps the plain variance finite", 0, 0.9),
-    ("until_nll", 0.0, "end a method at the first evaluation with a mean nll this low", 0, 1e9),
-    ("n_layer", 2, "transformer blocks; two suffice for carries", 1, 1e3),
-    ("n_head", 4, "attention heads", 1, 1e3),
-    ("n_embd", 64, "width; enough to solve add3 in seconds a seed", 1, 1e5),
-    ("ppots_fit", "epr", "P-POTS: epr, the paper's family, or grid, as measured", "epr", "grid"),
-    ("ppots_refits", 10, "P-POTS: measurements of the curve, which moves in training", 1, 1e4),
-    ("ppots_budget", 0.01, "P-POTS: share of the work these may cost (or 8 sequences)", 1e-9, 1),
-    ("isad_tokens", "", "ISAD: its rare tokens (default: separators; text: the rarest 5 %%)"),
-    ("eval_every", 250, "steps between evaluations, after which all is saved", 1, 1e9),
-    ("out_dir", "out", "where results and checkpoints go"),
-    ("resume", False, "go on from --out_dir's checkpoints, to the same numbers"),
-    ("variance", False, "measure A, B, C of many methods at the plain MDM's weights"),
-    ("report", False, "train nothing: tables, intervals and figures of --out_dir's results"),
-    ("baseline", "mdm", "the method that --report compares all others with"),
-    ("device", "auto", "cpu, cuda, cuda:1, mps; auto takes the best there is"),
+
+class Setting(NamedTuple):
+    name: str
+    default: object
+    why: str  # its --help
+    low: object = None  # limits of a number, or the choices of a word
+    high: object = None
+    run: bool = True  # it decides numbers: all runs in a folder share it
+    only: str = ""  # it has an effect on text, on arithmetic, or on methods with this word only
+
+
+SETTINGS = [
+    # What to train, and on which data.
+    Setting("method", "arm,mdm,ppots_mirror", "methods, separated by commas; see above", run=False),
+    Setting("seeds", "", "seeds, separated by commas (default: the paper's 42,731,20231)",
+            run=False),
+    Setting("n_seeds", 0, "how many seeds: the paper's three, then 0,1,2,...", 0, 10**5, False),
+    Setting("dataset", "add3", f"{', '.join(arith.DATASETS)}; or shakespeare_char; or a text file"),
+    Setting("init_from", "", "fine-tune: start from the arm or mdm in this folder", run=False),
+    Setting("init_seed", -1, "the seed to start from (default: the smallest)", -1, 10**18, False),
+    Setting("n_train", 0, "scarce data: so many training problems (0: all)", 0, 10**9, only="sums"),
+    Setting("n_test", 512, "held-out problems for the last evaluation", 1, 10**6, only="sums"),
+    Setting("tokenizer", "char", "char, or a tiktoken encoding such as gpt2", only="text"),
+    Setting("block_size", 64, "tokens per sequence, and one before them", 1, 10**6, only="text"),
+    # The model.
+    Setting("n_layer", 2, "transformer blocks; two suffice for carries", 1, 1000),
+    Setting("n_head", 4, "attention heads", 1, 1000),
+    Setting("n_embd", 64, "width; enough to solve add3 in seconds a seed", 1, 10**5),
+    # The training.
+    Setting("steps", 1000, "optimizer steps: the ARM solves add3, MDM seeds disagree", 1, 10**9),
+    Setting("batch_size", 64, "sequences per step and seed", 1, 10**6),
+    Setting("lr", 3e-3, "peak learning rate", 0, 1e3),
+    Setting("warmup", 100, "steps until the peak; then linearly down to 0", 0, 10**9),
+    Setting("beta2", 0.98, "AdamW's, for runs as short as these; its beta1 is .9", 0, 1),
+    Setting("weight_decay", 0.01, "AdamW's; small, as a model this size hardly overfits", 0, 1e3),
+    Setting("grad_clip", 1.0, "largest norm of a seed's gradient", 1e-9, 1e9),
+    Setting("eps", 1e-3, "smallest masking rate, as in LLaDA: keeps the variance finite", 0, 0.9),
+    Setting("until_nll", 0.0, "stop a method when its mean nll is this low (0: never)", 0, 1e9),
+    Setting("eval_every", 250, "steps between evaluations, after which all is saved", 1, 10**9),
+    # Settings of single methods.
+    Setting("ppots_fit", "epr", "epr, the paper's family, or grid, as measured", ["epr", "grid"],
+            only="ppots"),
+    Setting("ppots_refits", 10, "pilots in a training: the curve moves", 1, 10**4, only="ppots"),
+    Setting("ppots_budget", 0.01, "the pilots' share of the work", 1e-9, 1, only="ppots"),
+    Setting("isad_tokens", "", "rare tokens (default: separators; text: the rarest 5 %%)",
+            only="isad"),
+    # Where and how.
+    Setting("out_dir", "", "where all goes (default: out/ and what differs from the defaults)",
+            run=False),
+    Setting("resume", False, "go on from the checkpoints, to the same numbers", run=False),
+    Setting("report", False, "train nothing: tables and figures; --out_dir=a,b draws both in one",
+            run=False),
+    Setting("variance", False, "measure A, B, C of many methods at the plain MDM's weights",
+            run=False),
+    Setting("baseline", "mdm", "the method that all others are compared with", run=False),
+    Setting("device", "auto", "cpu, cuda, cuda:1, mps; auto takes the best there is"),
+    Setting("compile", False, "torch.compile the loss"),
 ]
-TEXT_SETTINGS = {"n_layer": 4, "n_embd": 128, "batch_size": 12, "steps": 2000}  # nanoGPT's on a CPU
+TEXT_DEFAULTS = {"n_layer": 4, "n_embd": 128, "batch_size": 12, "steps": 2000}  # nanoGPT's on a CPU
 PAPER_SEEDS = [42, 731, 20231]
 
 
+def defaults(dataset):
+    values = {s.name: s.default for s in SETTINGS}
+    return values if dataset in arith.DATASETS else values | TEXT_DEFAULTS
+
+
 def parse_args(argv=None):
-    """The command line: the settings, a list of methods, a list of seeds."""
+    """The command line: settings (with those of them that were given), methods and seeds."""
+    words = {**mdm.MASKING, **mdm.TRAINING}
+    about = __doc__ + "\n".join(f"    {word:8} {what}" for word, what in words.items())
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("train.py", None, __doc__, formatter_class=raw)
+    parser = argparse.ArgumentParser("train.py", None, about, formatter_class=raw)
     parser.allow_abbrev = False
     parser.error = fail
-    for name, default, why, *_ in SETTINGS:
+    for s in SETTINGS:
         kind = {"action": "store_true"}
-        if default is not False:
-            kind = {"type": type(default), "metavar": type(default).__name__, "default": default}
-        parser.add_argument(f"--{name}", help=f"{why} [{default}]" if default else why, **kind)
-    cfg = parser.parse_args(argv)
-    if cfg.dataset not in arith.DATASETS:
-        parser.set_defaults(**TEXT_SETTINGS)
-        cfg = parser.parse_args(argv)
-    for name, _, _, *limits in [row for row in SETTINGS if len(row) > 3]:
-        value = getattr(cfg, name)
-        if value not in limits and (type(value) is str or not limits[0] <= value <= limits[1]):
-            fail(f"--{name}={value} is not {limits[0]} ... {limits[1]}")
-    if cfg.n_embd % (2 * cfg.n_head):
-        fail(f"--n_embd={cfg.n_embd} is no multiple of twice --n_head={cfg.n_head}")
-    cfg.baseline = parse_method(cfg.baseline)
-    return cfg, list(dict.fromkeys(map(parse_method, cfg.method.split(",")))), parse_seeds(cfg)
-
-
-def parse_method(name):
-    """The one spelling of a method: "mirror_pposts" -> "ppots_mirror"."""
-    words = name.strip().lower().replace("pposts", "ppots").split("_")
-    base = "arm" if "arm" in words else "mdm"
-    changes = [word for word in mdm.WORDS if word in words]
-    estimator = set(changes) - {"batch2", "steps2"}
-    wrong = len(words) > len(set(words)) or not set(words) <= {base, *mdm.WORDS}
-    clash = [pair for pair in mdm.CONFLICTS if set(pair.split()) <= set(changes)]
-    if wrong or clash or (base == "arm" and estimator):
-        fail(f"unknown method '{name}': arm, mdm, or words joined by _ from {' '.join(mdm.WORDS)}"
-             f" (never together: {', '.join(mdm.CONFLICTS)}; with arm only batch2 or steps2)")
-    return "_".join(changes if estimator else [base, *changes])
+        if s.default is not False:
+            kind = {"type": type(s.default), "metavar": type(s.default).__name__}
+        where = f"{s.only}: " if s.only else ""
+        default = f" [{s.default}]" if s.default else ""
+        why = where + s.why + default
+        parser.add_argument(f"--{s.name}", default=argparse.SUPPRESS, help=why, **kind)
+    given = vars(parser.parse_args(argv))
+    for name in ("out_dir", "init_from", "dataset"):
+        if name in given:
+            given[name] = os.path.expanduser(given[name])
+    cfg = argparse.Namespace(**defaults(given.get("dataset", "add3")) | given)
+    try:
+        methods = [mdm.method_name(mdm.parse_method(name)) for name in cfg.method.split(",")]
+        cfg.baseline = mdm.method_name(mdm.parse_method(cfg.baseline))
+    except ValueError as e:
+        fail(e)
+    methods = list(dict.fromkeys(methods))
+    seeds = parse_seeds(cfg)
+    check_values(cfg)
+    check_effects(cfg, given, methods)
+    return cfg, methods, seeds
 
 
 def parse_seeds(cfg):
@@ -115,57 +141,108 @@ def parse_seeds(cfg):
         others = [seed for seed in range(cfg.n_seeds) if seed not in PAPER_SEEDS]
         return (PAPER_SEEDS + others)[: cfg.n_seeds or 3]
     seeds = cfg.seeds.split(",")
-    good = all(seed.isdecimal() and len(seed) < 19 for seed in seeds) and not cfg.n_seeds
-    if not good or len(set(map(int, seeds))) < len(seeds):
-        fail(f"--seeds={cfg.seeds}: give different whole numbers, commas between; no --n_seeds")
+    whole = all(seed.isdecimal() and len(seed) < 19 for seed in seeds)
+    if not whole or len(set(map(int, seeds))) < len(seeds):
+        fail(f"--seeds={cfg.seeds}: give different whole numbers, commas between")
+    if cfg.n_seeds:
+        fail("--seeds says which seeds, --n_seeds how many: give one of them")
     return [int(seed) for seed in seeds]
 
 
-def n_passes(method):
-    """Forward and backward passes, as a multiple of plain training's."""
-    return mdm.n_masks(method) * (2 if "batch2" in method or "steps2" in method else 1)
+def check_values(cfg):
+    for s in SETTINGS:
+        value = getattr(cfg, s.name)
+        if isinstance(s.low, list):
+            if value not in s.low:
+                fail(f"--{s.name}={value} is none of {', '.join(s.low)}")
+        elif s.low is not None and not s.low <= value <= s.high:
+            fail(f"--{s.name}={value} is not between {s.low} and {s.high}")
+    if cfg.n_embd % (2 * cfg.n_head):
+        fail(f"--n_embd={cfg.n_embd} is no multiple of twice --n_head={cfg.n_head}")
+
+
+def check_effects(cfg, given, methods):
+    """Refuse settings and words that would change nothing."""
+    kind = "sums" if cfg.dataset in arith.DATASETS else "text"
+    words = set().union(*map(mdm.parse_method, methods))
+    for s in SETTINGS:
+        if s.name in given and s.only and s.only not in {kind} | words:
+            fail(f"--{s.name} has an effect on {s.only} only, and there is none: leave it out")
+    if "init_seed" in given and not cfg.init_from:
+        fail("--init_seed has an effect with --init_from only: leave it out")
+    for method in methods:
+        words = mdm.parse_method(method)
+        if "strats" in words and mdm.n_strata(cfg.batch_size * mdm.work(words).batch) == 1:
+            fail(f"{method}: --batch_size={cfg.batch_size} has no strata: take 4, 9 or 64, say")
 
 
 def load_data(cfg, methods):
-    """The data set (see data/__init__.py), where the methods make sense on it."""
+    """The data set, an arith.Arithmetic or a text.Text, if the methods make sense on it."""
     try:
-        data = datasets.load(cfg.dataset, cfg.block_size, cfg.tokenizer, cfg.n_train, cfg.n_test)
+        if cfg.dataset in arith.DATASETS:
+            data = arith.make(cfg.dataset, cfg.n_train, cfg.n_test)
+        else:
+            data = text.make(cfg.dataset, cfg.block_size, cfg.tokenizer)
         data.isad = data.encode(cfg.isad_tokens) if cfg.isad_tokens else data.rare
     except ValueError as e:
         fail(e)
-    if any("isad" in method for method in methods) and not len(data.isad):
-        fail(f"isad is for separators; {cfg.dataset}'s response has none: give --isad_tokens")
-    if any("syrm" in method for method in methods) and not data.structural:
-        fail(f"syrm masks symbols of the prompt, and those of {cfg.dataset} have none")
+    words = set().union(*map(mdm.parse_method, methods))
+    response = data.test[:, data.prompt_len :]
+    if "isad" in words and not torch.isin(response, torch.tensor(data.isad).long()).any():
+        fail(f"isad: none of its tokens is in a response of {cfg.dataset}: see --isad_tokens")
+    if "syrm" in words and not data.structural:
+        fail(f"syrm hides symbols of the prompt, and there are none in {cfg.dataset}")
     return data
 
 
 # --------------------------------------------------------------------------------------------------
-# Randomness. What a run draws comes from streams named by (seed, purpose, block of steps). So a
-# seed's draws depend on nothing else, and to resume no generator need be saved.
+# Randomness. Every random number comes from a stream named by (seed, purpose, part). So the draws
+# of a seed depend on no other seed, and --resume needs no state of a generator.
 
-STREAMS = ["init", "data", "rate", "shuffle", "mask", "pilot"]
+PURPOSES = ["init", "data", "rate", "mask", "pilot"]
 
 
-def stream(seed, purpose, block=0, device="cpu"):
-    key = np.random.SeedSequence([seed, STREAMS.index(purpose), block]).generate_state(1, np.uint64)
+def stream(seed, purpose, part=0, device="cpu"):
+    key = np.random.SeedSequence([seed, PURPOSES.index(purpose), part]).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(key[0]))
 
 
-def draw_block(method, seeds, block, K, B, n_train, n, device):
-    """Random numbers for K steps, in a few large draws: idx, u (K, S, B), r (K, 1|2, S, B, n)."""
-    idx, u, r, order = [], [], [], []
-    copies = 2 if "multi2" in method else 1
-    for seed in seeds:
-        draws = {name: stream(seed, name, block, device) for name in STREAMS}
-        idx.append(torch.randint(n_train, (K, B), generator=draws["data"], device=device))
-        u.append(1 - torch.rand(K, B, generator=draws["rate"], device=device))
-        r.append(torch.rand(K, copies, B, n, generator=draws["mask"], device=device))
-        order.append(torch.rand(K, B, generator=draws["shuffle"], device=device).argsort(-1))
-    u = torch.stack(u, 1)
-    if "strats" in method:
-        u = mdm.stratify(u, torch.stack(order, 1), mdm.n_strata(B))
-    return torch.stack(idx, 1), u, torch.stack(r, 2)
+def epochs(seed, first, count, n_train, device):
+    """Places first ... first + count - 1 of an endless row of epochs, (count,). Each epoch is a
+    permutation of the n_train problems. A batch may hold the end of one and the start of the next,
+    so no problem is left out."""
+    order = []
+    for epoch in range(first // n_train, (first + count - 1) // n_train + 1):
+        draw = stream(seed, "data", epoch, device)
+        order.append(torch.randperm(n_train, generator=draw, device=device))
+    start = first % n_train
+    return torch.cat(order)[start : start + count]
+
+
+def random_numbers(words, seeds, first_step, B, n, n_train, in_epochs, device):
+    """For each step from first_step on: idx and u (S, B), and r (S, B, n), multi2: (2, S, B, n).
+    They are drawn for a block of steps at a time, as a few large draws are faster than many small
+    ones. The block's length must not depend on the seeds, or else a seed's numbers would."""
+    K = max(1, min(64, 2**20 // (B * n)))  # steps in a block
+    r_shape = (2, B, n) if "multi2" in words else (B, n)
+    for block in itertools.count(first_step // K):
+        idx, u, r = [], [], []
+        for seed in seeds:
+            if in_epochs:
+                idx.append(epochs(seed, block * K * B, K * B, n_train, device).view(K, B))
+            else:
+                draw = stream(seed, "data", block, device)
+                idx.append(torch.randint(n_train, (K, B), generator=draw, device=device))
+            draw = stream(seed, "rate", block, device)
+            u.append(1 - torch.rand(K, B, generator=draw, device=device))  # in (0, 1]
+            draw = stream(seed, "mask", block, device)
+            r.append(torch.rand(K, *r_shape, generator=draw, device=device))
+        idx = torch.stack(idx, 1)
+        u = torch.stack(u, 1)
+        r = torch.stack(r, -3)
+        for i in range(K):
+            if block * K + i >= first_step:
+                yield idx[i], u[i], r[i]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -173,219 +250,385 @@ def draw_block(method, seeds, block, K, B, n_train, n, device):
 
 
 def build(cfg, method, seeds, data, device):
-    """The models, a row for each seed, and the positions (n,) that are masked and predicted."""
-    V, T = len(data.vocabulary), data.test.shape[1]
-    config = mdm.GPTConfig(V, T, cfg.n_layer, cfg.n_head, cfg.n_embd, causal="arm" in method)
+    """The models, one row for each seed, and the positions (n,) that are hidden and predicted."""
+    words = mdm.parse_method(method)
+    V = len(data.vocabulary)
+    T = data.test.shape[1]
+    causal = "arm" in words
+    config = mdm.GPTConfig(V, T, cfg.n_layer, cfg.n_head, cfg.n_embd, causal)
     model = mdm.GPT(config, [stream(seed, "init") for seed in seeds])
     pos = list(range(data.prompt_len, T))
-    if "syrm" in method:  # SyRM, of the paper: the prompt's symbols are masked and predicted too
+    if "syrm" in words:  # the prompt's symbols are hidden and predicted too
         pos = [*data.structural, *pos]
     return model.to(device), torch.tensor(pos, device=device)
 
 
-def train(cfg, method, seeds, data, device="cpu", state=None):
-    """Train one method for all seeds at once; yield the state after every evaluation.
+def learning_rate(cfg, step, steps):
+    # 1) linear warm-up
+    if step < cfg.warmup:
+        return cfg.lr * (step + 1) / cfg.warmup
+    # 2) then linear decay, to 0 at the end
+    return cfg.lr * (steps - step) / (steps - cfg.warmup)
 
-    state: an earlier one to go on from, or {"model": weights} to start with. "curve" is a list of
-    {"step", "loss", "nll", ...} with a number for each seed; "diverged" (S,) the step at which its
-    loss or gradient was not finite, after which it gets none; "clipped" (S,) counts clipped ones.
-    """
+
+def sequence_loss(model, words, x0, pos, u, r, table, rare, eps):
+    """The loss of each sequence, (S, B), for x0 (S, B, T)."""
+    if "arm" in words:
+        return mdm.token_nll(model, x0, pos).mean(-1)
+    is_rare = torch.isin(x0[..., pos], rare) if "isad" in words else None
+    masking = words & mdm.MASKING.keys()
+    mask, weight = mdm.draw_masks(masking, u, r, table, eps, is_rare)
+    return mdm.method_loss(model, x0, pos, mask, weight)
+
+
+def new_state(seeds, steps, device):
+    """The state of a training that has not begun. A checkpoint holds this, and weights."""
+    return {
+        "step": 0,
+        "steps": steps,
+        "done": False,
+        "curve": [],  # a dictionary for each evaluation, with a number for each seed
+        "diverged": torch.zeros(len(seeds), device=device),  # the step when a seed did, or 0
+        "gradclip": torch.zeros(len(seeds), device=device),  # steps whose gradient was clipped
+        "table": torch.zeros(len(seeds), mdm.N_CELLS, device=device),  # P-POTS
+        "ema": torch.zeros(len(seeds), 10, device=device),  # EMA's running means, 10 bins
+        "pilot": 0,  # sequences that pilots passed through the model
+        "seconds": 0.0,
+    }
+
+
+def train(cfg, method, seeds, data, device="cpu", state=None):
+    """Train one method for all seeds at once. Yield the state at the start and after every
+    evaluation. A yielded state never changes afterwards, and training goes on from any of them.
+    state: such a state, or {"model": weights} to begin with. A seed that diverges, because its loss
+    or gradient is not finite, gets no more steps and harms no other."""
+    words = mdm.parse_method(method)
+    work = mdm.work(words)
+    B = cfg.batch_size * work.batch
+    steps = cfg.steps * work.steps
     model, pos = build(cfg, method, seeds, data, device)
-    params, n = list(model.parameters()), len(pos)
-    B = cfg.batch_size * (2 if "batch2" in method else 1)
-    steps = cfg.steps * (2 if "steps2" in method else 1)
-    adamw = {"betas": (0.9, 0.98), "weight_decay": cfg.weight_decay, "fused": device != "mps"}
-    optimizer = torch.optim.AdamW(params, cfg.lr, **adamw)
+    params = list(model.parameters())
+    betas = (0.9, cfg.beta2)
+    fused = device != "mps"
+    optimizer = torch.optim.AdamW(params, cfg.lr, betas, weight_decay=cfg.weight_decay, fused=fused)
+
+    state = new_state(seeds, steps, device) | (state or {})
+    if "model" in state:
+        model.load_state_dict(state["model"])
+    if "optimizer" in state:
+        optimizer.load_state_dict(state["optimizer"])
+    diverged = state["diverged"].to(device)
+    gradclip = state["gradclip"].to(device)
+    table = state["table"].to(device)
+    ema = state["ema"].to(device)
+
+    train_x = data.train_blocks(device)
     rare = torch.tensor(data.isad, dtype=torch.int64, device=device)
-    train_x, zero = data.train_blocks(device), torch.zeros(len(seeds), device=device)
-    fresh = {"step": 0, "steps": steps, "curve": [], "diverged": zero, "clipped": zero,
-             "table": zero, "ema": zero[:, None].expand(-1, 10), "pilot": 0, "seconds": 0.0}
-    state = fresh | (state or {})
-    model.load_state_dict(state.get("model", model.state_dict()))
-    optimizer.load_state_dict(state.get("optimizer", optimizer.state_dict()))
-    names = ("table", "ema", "diverged", "clipped")
-    table, ema, diverged, clipped = (state[name].to(device) for name in names)
-    K = max(1, min(64, 2**20 // (B * n)))  # steps in a block; not by seeds, or streams would shift
-    refit_every, X = pilot_size(cfg, steps, B * mdm.n_masks(method), n)
-    loss_sum, began = zero, time.perf_counter()
+    loss_of = torch.compile(sequence_loss) if cfg.compile else sequence_loss
+    refit_every, n_pilot = pilot_size(cfg, steps, B * work.masks, len(pos))
+    in_epochs = isinstance(data, arith.Arithmetic)  # text: random windows
+    first = state["step"]
+    numbers = random_numbers(words, seeds, first, B, len(pos), len(train_x), in_epochs, device)
+    loss_sum = torch.zeros(len(seeds), device=device)
+    began = time.perf_counter()
+
+    if not state["curve"]:  # where does training begin?
+        scores = evaluate(model, data)
+        point = {"step": 0, "loss": [None] * len(seeds), **scores}
+        state = snapshot(state, model, optimizer, curve=[point])
+        yield state
 
     for step in range(state["step"], steps):
-        if step % K == 0 or step == state["step"]:  # random numbers for a block of steps
-            draws = draw_block(method, seeds, step // K, K, B, len(train_x), n, device)
-        if "ppots" in method and step % refit_every == 0:
-            table = measure_table(cfg, seeds, model, train_x, pos, step, X)
-            state["pilot"] += X * min(n, 16)
+        if "ppots" in words and step % refit_every == 0:
+            table = measure_table(cfg, seeds, model, train_x, pos, step, n_pilot)
+            state = state | {"pilot": state["pilot"] + n_pilot * min(len(pos), mdm.N_COUNTS)}
 
         # The loss of each sequence, (S, B).
-        idx, u, r = (z[step % K] for z in draws)
+        idx, u, r = next(numbers)
         x0 = train_x[idx].long()  # (S, B, T)
-        if "arm" in method:
-            loss = mdm.token_nll(model, x0, pos).mean(-1)
-        else:
-            is_rare = torch.isin(x0[..., pos], rare) if "isad" in method else None
-            mask, weight = mdm.draw_masks(method, u, r, table, cfg.eps, is_rare)
-            loss = mdm.method_loss(model, x0, pos, mask, weight)
-        if "ema" in method:
+        loss = loss_of(model, words, x0, pos, u, r, table, rare, cfg.eps)
+        if "ema" in words:
             loss, ema = mdm.ema_baseline(loss, u, ema)
 
-        # The step. Seeds share no parameter: from the sum each gets the gradient of its own loss.
+        # The gradient. Seeds share no parameter, so from the sum each gets that of its own loss.
         loss = loss.mean(-1)
         optimizer.zero_grad()
         loss.sum().backward()
-        alive, over = clip_per_seed(params, (diverged == 0) & torch.isfinite(loss), cfg.grad_clip)
-        diverged, clipped = torch.where(alive | (diverged > 0), diverged, step + 1), clipped + over
-        decay = (steps - step) / max(1, steps - 100)
-        optimizer.param_groups[0]["lr"] = cfg.lr * min((step + 1) / 100, decay, 1.0)
+        healthy = torch.isfinite(loss) & (diverged == 0)
+        finite, was_clipped = clip_per_seed(params, healthy, cfg.grad_clip)
+        diverged = torch.where((diverged == 0) & ~finite, step + 1, diverged)
+        gradclip = gradclip + was_clipped
+
+        # The step.
+        optimizer.param_groups[0]["lr"] = learning_rate(cfg, step, steps)
         optimizer.step()
         loss_sum = loss_sum + loss.detach()
 
-        # Evaluation. What is yielded is saved: all that going on from here needs.
-        step += 1
-        if step % cfg.eval_every == 0 or step == steps:
-            scores = evaluate(model, data, quick=step < steps and not cfg.until_nll)
-            point = {"step": step, "loss": (loss_sum / (step - state["step"])).tolist(), **scores}
-            good = sum(point["nll"]) <= cfg.until_nll * len(seeds)
-            state |= {
-                "step": step, "done": step == steps or good or bool(diverged.all()), "table": table,
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema,
-                "diverged": diverged, "clipped": clipped, "curve": [*state["curve"], point],
-                "seconds": state["seconds"] + time.perf_counter() - began,
-            }
-            yield state
-            if state["done"]:
-                break
-            loss_sum, began = zero, time.perf_counter()
+        # The evaluation.
+        done = step + 1
+        if done % cfg.eval_every and done < steps:
+            continue
+        scores = evaluate(model, data, quick=done < steps and not cfg.until_nll)
+        mean_loss = loss_sum / (done - state["step"])
+        point = {"step": done, "loss": mean_loss.tolist(), **scores}
+        reached = cfg.until_nll > 0 and np.mean(scores["nll"]) <= cfg.until_nll
+        state = snapshot(
+            state, model, optimizer, step=done, curve=[*state["curve"], point],
+            done=bool(done == steps or reached or diverged.all()), diverged=diverged,
+            gradclip=gradclip, table=table, ema=ema,
+            seconds=state["seconds"] + time.perf_counter() - began,
+        )  # fmt: skip
+        yield state
+        if state["done"]:
+            break
+        loss_sum = torch.zeros_like(loss_sum)
+        began = time.perf_counter()
 
 
-def clip_per_seed(params, alive, max_norm):
-    """Scale each seed's gradient to a norm of at most max_norm, or to nothing if it is not finite
-    or the seed not alive, (S,). Returns who is alive and whose was clipped. Waits for no device."""
+def snapshot(state, model, optimizer, **changes):
+    """A new state. Weights are copied, because those of the model go on changing."""
+    weights = copy.deepcopy(model.state_dict())
+    return state | {"model": weights, "optimizer": copy.deepcopy(optimizer.state_dict())} | changes
+
+
+def clip_per_seed(params, healthy, max_norm):
+    """Scale each seed's gradient to a norm of at most max_norm. Erase it where it is not finite, or
+    the seed not healthy (S,). Returns who stays healthy and who was clipped, both (S,) bool."""
     norm = sum(p.grad.flatten(1).square().sum(1) for p in params).sqrt()
-    alive = alive & torch.isfinite(norm)
-    scale = torch.where(alive, (max_norm / (norm + 1e-6)).clamp(max=1), 0)
+    healthy = healthy & torch.isfinite(norm)
+    scale = torch.where(healthy, (max_norm / (norm + 1e-6)).clamp(max=1), 0)
     for p in params:
         p.grad.nan_to_num_(0, 0, 0).mul_(scale.view(-1, *[1] * (p.dim() - 1)))
-    return alive, alive & (norm > max_norm)
+    return healthy, healthy & (norm > max_norm)
 
 
 def pilot_size(cfg, steps, rows, n):
-    """P-POTS: the steps between measurements and the sequences X of each. A training step costs
-    three forward passes of its rows. If X would be less than 8, there are fewer measurements."""
-    budget = cfg.ppots_budget * 3 * steps * rows / min(n, 16)
-    refits = max(1, min(cfg.ppots_refits, int(budget / 8)))
-    return math.ceil(steps / refits), max(8, int(budget / refits))
+    """P-POTS: the steps between two pilots, and the sequences of each. Pilots may cost a share
+    ppots_budget of the work, where a training step costs three forward passes of its rows.
+    A pilot of fewer than 8 sequences says little, so there may be fewer pilots than asked for."""
+    sequences = cfg.ppots_budget * 3 * steps * rows / min(n, mdm.N_COUNTS)
+    refits = max(1, min(cfg.ppots_refits, int(sequences / 8)))
+    return math.ceil(steps / refits), max(8, int(sequences / refits))
 
 
-def measure_table(cfg, seeds, model, train_x, pos, step, X):
-    """P-POTS' table of each seed, (S, N_CELLS), from X training sequences."""
-    device, n, x0, r = train_x.device, len(pos), [], []
+def measure_table(cfg, seeds, model, train_x, pos, step, n_pilot):
+    """P-POTS' table of each seed, (S, N_CELLS), from n_pilot training sequences."""
+    device = train_x.device
+    n = len(pos)
+    x0, r = [], []
     for seed in seeds:
         draw = stream(seed, "pilot", step, device)
-        x0.append(train_x[torch.randint(len(train_x), (X,), generator=draw, device=device)].long())
-        r.append(torch.rand(X, min(n, 16), n, generator=draw, device=device))
-    counts, H = mdm.measure_counts(model, torch.stack(x0), pos, torch.stack(r))
-    return mdm.ppots_table(counts.cpu(), H.cpu(), n, cfg.ppots_fit, cfg.eps).float().to(device)
+        idx = torch.randint(len(train_x), (n_pilot,), generator=draw, device=device)
+        x0.append(train_x[idx].long())
+        shape = (n_pilot, min(n, mdm.N_COUNTS), n)
+        r.append(torch.rand(shape, generator=draw, device=device))
+    counts, H = mdm.pilot(model, torch.stack(x0), pos, torch.stack(r))
+    H = H.nan_to_num(0, 0, 0)  # a seed that has diverged needs no table, and must stop no other
+    return mdm.ppots_table(counts, H, n, cfg.ppots_fit, cfg.eps)
 
 
 # --------------------------------------------------------------------------------------------------
 # Evaluation on held-out data: the same for every method, and always with the same masks.
 
 
-@torch.no_grad()
 def evaluate(model, data, quick=False):
-    """{"nll", "nll_se"} and, for arithmetic, "accuracy": lists of one number per seed.
-    accuracy: whole responses that are right, of the first 512 (quick) or all, decoded greedily, one
-    token a step. nll: nats per response token on 128 or 512 sequences, with its standard error;
-    of an MDM the bound, by 8 exact counts a sequence, one from each eighth of 1..n."""
-    device, S, V = model.wte.device, len(model.wte), model.config.vocab_size
-    test, n_nll = data.test.to(device), min(128 if quick else 512, len(data.test))
-    pos = torch.arange(data.prompt_len, test.shape[1], device=device)
-    rows = max(1, 2**24 // (8 * S * len(pos) * max(V, 16 * model.config.n_embd)))  # 100 MB
-    scores, right, nll = {}, [], []
+    """{"nll", "nll_se"} and, for arithmetic, "accuracy": lists with a number for each seed. quick:
+    at most 512 problems and 128 sequences instead of all problems and 512 sequences."""
+    scores = {}
     if isinstance(data, arith.Arithmetic):
-        for answer in test[: 512 if quick else None].split(rows):
-            question = answer.clone()
-            question[:, pos] = V
-            *_, x = mdm.generate(model, question.expand(S, -1, -1), pos)
-            right.append((x == answer).all(-1))
-        scores["accuracy"] = torch.cat(right, 1).float().mean(1).tolist()
+        scores["accuracy"] = accuracy(model, data, 512 if quick else None).tolist()
+    nll = bound(model, data, 128 if quick else 512)
+    scores["nll"] = nll.mean(1).tolist()
+    scores["nll_se"] = (nll.std(1) / nll.shape[1] ** 0.5).tolist()
+    return scores
+
+
+def rows_at_once(model, n):
+    """How many sequences of n response tokens an evaluation can take at once."""
+    S = len(model.wte)
+    widest = max(model.config.vocab_size, 16 * model.config.n_embd)  # logits, or a block's arrays
+    masks = 8
+    return max(1, 2**24 // (masks * S * n * widest))  # 2**24 float32 numbers are 64 MB
+
+
+@torch.no_grad()
+def accuracy(model, data, n_problems=None):
+    """The share of whole responses that are right, (S,): greedy, the surest token first."""
+    device = model.wte.device
+    S = len(model.wte)
+    pos = torch.arange(data.prompt_len, data.test.shape[1], device=device)
+    right = []
+    for answer in data.test[:n_problems].to(device).split(rows_at_once(model, len(pos))):
+        question = answer.clone()
+        question[:, pos] = model.config.vocab_size
+        for x in mdm.generate(model, question.expand(S, -1, -1), pos):
+            pass  # the last one is complete
+        right.append((x == answer).all(-1))
+    return torch.cat(right, 1).float().mean(1)
+
+
+@torch.no_grad()
+def bound(model, data, n_sequences):
+    """Nats per response token of each sequence, (S, n_sequences). Of an MDM this is the bound (2),
+    by exact counts: 8 masks a sequence, with one count from each eighth of 1 ... n."""
+    device = model.wte.device
+    S = len(model.wte)
+    pos = torch.arange(data.prompt_len, data.test.shape[1], device=device)
+    n_sequences = min(n_sequences, len(data.test))
+    spread = torch.linspace(0, len(data.test) - 1, n_sequences).round().long()  # all over a text
+    x0 = data.test[spread].to(device)
     draw = torch.Generator().manual_seed(0)
-    u = (torch.arange(8)[:, None] + 1 - torch.rand(8, n_nll, generator=draw)) / 8
-    r = torch.rand(1, 8, n_nll, len(pos), generator=draw)
-    mask, weight = (z[0].to(device) for z in mdm.draw_masks("exactk", u, r))  # (8, n_nll, n)
-    spread = torch.linspace(0, len(test) - 1, n_nll).round().long()  # all over a text
-    for i in torch.arange(n_nll, device=device).split(rows):
-        x = test[spread[i.cpu()].to(device)].expand(S, -1, -1)
+    u = (torch.arange(8)[:, None] + 1 - torch.rand(8, n_sequences, generator=draw)) / 8
+    r = torch.rand(8, n_sequences, len(pos), generator=draw)
+    mask, weight = mdm.draw_masks("exactk", u, r)  # (1, 8, n_sequences, n)
+    mask = mask.transpose(0, 1).to(device)
+    weight = weight.transpose(0, 1).to(device)
+    nll = []
+    for part in torch.arange(n_sequences, device=device).split(rows_at_once(model, len(pos))):
+        x = x0[part].expand(S, -1, -1)
         if model.config.causal:
             nll.append(mdm.token_nll(model, x, pos).mean(-1))
         else:
-            m, w = (z[:, None, i].expand(-1, S, -1, -1) for z in (mask, weight))
+            m = mask[:, :, part].expand(-1, S, -1, -1)
+            w = weight[:, :, part].expand(-1, S, -1, -1)
             nll.append(mdm.method_loss(model, x, pos, m, w))
-    nll = torch.cat(nll, 1)
-    return scores | {"nll": nll.mean(1).tolist(), "nll_se": (nll.std(1) / n_nll**0.5).tolist()}
+    return torch.cat(nll, 1)
 
 
 # --------------------------------------------------------------------------------------------------
-# Files: a checkpoint for each method (see data/machine.py) and results.jsonl.
+# Files: one folder is one comparison (see data/runs.py).
 
 
-def description(cfg, method, data):
-    """What a run is made from, besides its seeds and the weights that it starts from. Data and
-    weights are known by their fingerprints: --dataset and --init_from name them for people."""
-    names = [name for name, *_ in SETTINGS[5:-6]]  # those that training depends on
-    others = [word for word in ("ppots", "isad") if word not in method]  # have settings too
-    settings = {name: getattr(cfg, name) for name in names if name.split("_")[0] not in others}
-    return settings | {"data": data.fingerprint}
+def changed(cfg, settings):
+    """The settings, by name, whose values are not the defaults."""
+    normal = defaults(cfg.dataset)
+    names = [s.name for s in settings]
+    return {n: getattr(cfg, n) for n in names if getattr(cfg, n) != normal[n]}
 
 
-def first_state(cfg, method, seeds, data):
-    """What training starts from: a checkpoint (--resume), weights (--init_from), or nothing. "init"
-    are fingerprints of how the weights were made (written as of an MDM) and of the weights."""
-    path, start = machine.checkpoint_path(cfg.out_dir, method), {"init": None}
+def shared_settings(cfg):
+    """The settings that all runs in a folder share."""
+    kind = "sums" if cfg.dataset in arith.DATASETS else "text"
+    return [s for s in SETTINGS if s.run and s.only in ("", kind)]
+
+
+def default_folder(cfg):
+    """out/ and the data set, with all settings that are not the defaults: out/mul2_steps1500."""
+    parts = [os.path.splitext(os.path.basename(cfg.dataset))[0]]
+    for name, value in changed(cfg, shared_settings(cfg)).items():
+        if name != "dataset":
+            parts.append(f"{name}{value}".replace("/", "-"))
     if cfg.init_from:
-        theirs = machine.find_checkpoint(cfg.init_from, "arm" if "arm" in method else "mdm")
-        ours = vars(cfg) | {"vocabulary": dataclasses.asdict(data.vocabulary)}
-        alike = all(theirs[k] == ours[k] for k in ("n_layer", "n_head", "n_embd", "vocabulary"))
-        if not alike or theirs["weights"]["wpe"].shape[1] != data.test.shape[1]:
-            fail(f"--init_from={cfg.init_from}: other n_layer, n_head, n_embd, vocabulary, length")
-        how = str([theirs["seeds"][0], *(theirs[k] for k in description(cfg, "mdm", data))])
-        start["init"] = [machine.fingerprint(how), machine.fingerprint(*theirs["weights"].values())]
-        weights = theirs["weights"].items()
-        start["model"] = {k: v.repeat_interleave(len(seeds), 0) for k, v in weights}
-    if not (cfg.resume and os.path.exists(path)):
-        return start
-    theirs = machine.load_checkpoint(path)
-    ours = description(cfg, method, data) | {"seeds": seeds, "init": start["init"]}
-    differ = [(report.NAMES.get(k, k), theirs.get(k), v) for k, v in ours.items()]
-    differ = [f"--{k} ({was}, now {v})" for k, was, v in differ if was != v]
-    if differ:
-        fail(f"{path} had another {', '.join(differ):.300}: use that, or do without --resume")
-    return theirs["state"]
+        parts.append("from_" + os.path.basename(os.path.normpath(cfg.init_from)))
+    return os.path.join("out", "_".join(parts))
 
 
-def save_results(cfg, method, seeds, data, state, device):
-    """A line for each seed in results.jsonl, replacing older ones of the same run; returns them."""
-    path, lines = os.path.join(cfg.out_dir, f"results{SHARE}.jsonl"), []
-    B = cfg.batch_size * (2 if "batch2" in method else 1)
-    tokens = (state["step"] * B * mdm.n_masks(method) + state["pilot"]) * data.test.shape[1]
-    settings = description(cfg, method, data) | {"steps": state["steps"], "batch_size": B}
+def label(cfg, method):
+    """A method's name in tables and files, with its own settings: "ppots ppots_fit=grid"."""
+    words = mdm.parse_method(method)
+    own = changed(cfg, [s for s in SETTINGS if s.only in words])
+    return " ".join([method, *(f"{name}={value}" for name, value in own.items())])
+
+
+def load_start(cfg, method, data):
+    """--init_from: the model to start from, {"name", "fingerprint", "weights"}."""
+    base = "arm" if "arm" in mdm.parse_method(method) else "mdm"
+    seed = None if cfg.init_seed < 0 else cfg.init_seed
+    theirs = runs.find_checkpoint(cfg.init_from, base, seed)
+    ours = {**vars(cfg), "vocabulary": dataclasses.asdict(data.vocabulary)}
+    for name in ("n_layer", "n_head", "n_embd", "vocabulary"):
+        if theirs[name] != ours[name]:
+            fail(f"--init_from={cfg.init_from} has another {name}: give its, or train it again")
+    weights = theirs["weights"]
+    if weights["wpe"].shape[1] != data.test.shape[1]:
+        fail(f"--init_from={cfg.init_from} has sequences of another length")
+    if not theirs["state"]["done"]:
+        fail(f"--init_from={cfg.init_from}: its {base} is unfinished: --resume it first")
+    name = os.path.splitext(os.path.basename(theirs["dataset"]))[0] + f"-{theirs['seed']}"
+    known_by = runs.fingerprint(*weights.values())
+    for line in runs.read_results(cfg.out_dir):
+        same = line["start"] == name and line["method"].startswith("arm") == (base == "arm")
+        if same and line["start_weights"] != known_by:
+            fail(f"{cfg.out_dir} has runs from another {name}: take another --out_dir")
+    return {"name": name, "fingerprint": known_by, "weights": weights}
+
+
+def first_state(cfg, method, seeds, path, start):
+    """What training starts from: a checkpoint (--resume), weights (--init_from), or nothing."""
+    if cfg.resume and os.path.exists(path):
+        theirs = runs.load_checkpoint(path)
+        if theirs["seeds"] != seeds:
+            fail(f"{path} holds the seeds {theirs['seeds']}, not {seeds}: --resume with its seeds "
+                 "and as many processes as before")
+        if theirs["start"] != (start and start["fingerprint"]):
+            fail(f"{path} started from other weights: do without --resume, or use those")
+        return theirs["state"]
+    if start:
+        weights = start["weights"].items()
+        return {"model": {k: v.repeat_interleave(len(seeds), 0) for k, v in weights}}
+    return {}
+
+
+def result_lines(cfg, method, seeds, data, device, state, start):
+    """A line for each seed in results.jsonl."""
+    work = mdm.work(mdm.parse_method(method))
+    B = cfg.batch_size * work.batch
+    T = data.test.shape[1]
+    n_params = sum(weights[0].numel() for weights in state["model"].values())
+    lines = []
     for s, seed in enumerate(seeds):
         curve = [{k: v if k == "step" else v[s] for k, v in at.items()} for at in state["curve"]]
         scores = {k: v for k, v in curve[-1].items() if k not in ("step", "loss")}
-        if isinstance(data, text.Text):
-            scores["bits_per_char"] = scores["nll"] / data.chars_per_token / math.log(2)
         line = {
-            "method": method, "seed": seed, "dataset": cfg.dataset, "init_from": cfg.init_from,
-            "init": state["init"], **settings, **scores, "n_test": len(data.test),
-            "diverged": int(state["diverged"][s]) or None, "passes": n_passes(method),
-            "clipped_steps": state["clipped"][s].item() / state["step"], "forward_tokens": tokens,
+            "method": label(cfg, method), "seed": seed, "start": start["name"] if start else "",
+            "start_weights": start["fingerprint"] if start else "", "passes": work.passes,
+            "batch_size": B, "steps": state["steps"], **scores,
+            "diverged": int(state["diverged"][s]) or None,
+            "gradclip": state["gradclip"][s].item() / max(1, state["step"]),
+            "n_params": n_params,
+            "forward_tokens": (state["step"] * B * work.masks + state["pilot"]) * T,
             "seconds": round(state["seconds"], 2), "seeds_trained_together": len(seeds),
-            "torch": torch.__version__, "device": device, "curve": curve,
-        }
+            **machine(device), "curve": curve,
+        }  # fmt: skip
         lines.append(json.loads(json.dumps(line), parse_constant=lambda _: None))  # NaN is no JSON
-    every = {report.run_key(line): line for line in report.read_lines(path) + lines}
-    machine.write_lines(path, every.values())
     return lines
+
+
+def machine(device):
+    """What a number may depend on besides the settings."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    git = ["git", "-C", here, "describe", "--always", "--dirty"]
+    processor = platform.processor() or platform.machine()
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        with open("/proc/cpuinfo") as f:
+            processor = next(x for x in f if x.startswith("model name")).split(":")[1].strip()
+    except (OSError, StopIteration):
+        commit = ""
+    if device.startswith("cuda"):
+        processor = torch.cuda.get_device_name(device)
+    versions = {"torch": torch.__version__, "commit": commit}
+    return {"processor": processor, "threads": torch.get_num_threads(), **versions}
+
+
+def pick_device(name, rank=0):
+    """The torch name of a device: what --device says, or the best there is for "auto"."""
+    chosen = name
+    if name == "auto":
+        there = torch.accelerator.is_available()
+        chosen = torch.accelerator.current_accelerator().type if there else "cpu"
+    try:
+        if chosen == "cuda":  # each of torchrun's processes takes a GPU of its own
+            local_rank = int(os.environ.get("LOCAL_RANK") or rank)
+            chosen = f"cuda:{local_rank % torch.cuda.device_count()}"
+        torch.zeros(1, device=chosen).item()
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError, ZeroDivisionError) as e:
+        why = str(e).splitlines()[0]
+        if name == "auto":
+            print(f"{chosen} is there and cannot be used ({why}): going on with the CPU")
+            return "cpu"
+        fail(f"--device={name} cannot be used here ({why}): try --device=cpu")
+    return chosen
 
 
 # --------------------------------------------------------------------------------------------------
@@ -394,18 +637,25 @@ def save_results(cfg, method, seeds, data, state, device):
 
 def main(argv=None):
     cfg, methods, seeds = parse_args(argv)
+    rank, world_size = runs.torchrun_share()
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")  # one process speaks for all
     if cfg.report:
-        return report.main(cfg.out_dir, cfg.baseline)
-    data, device = load_data(cfg, methods), machine.pick_device(cfg.device)
+        out_dirs = cfg.out_dir.split(",") if cfg.out_dir else [runs.newest_folder() or "out"]
+        try:
+            return report.main(out_dirs, cfg.baseline) if rank == 0 else 0
+        except ValueError as e:
+            fail(e)
+    data = load_data(cfg, methods)
+    device = pick_device(cfg.device, rank)
+    cfg.out_dir = cfg.out_dir or default_folder(cfg)
     if cfg.variance and "mdm" not in methods:
         fail("--variance measures at the plain MDM's weights: add mdm to --method")
     if cfg.init_from and os.path.realpath(cfg.init_from) == os.path.realpath(cfg.out_dir):
         fail("--init_from is --out_dir: the models to start from would be overwritten")
-    seeds = [int(seed) for seed in np.array_split(seeds, WORLD_SIZE)[RANK]]
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")  # one process speaks for all
+    seeds = [int(seed) for seed in np.array_split(seeds, world_size)[rank]]
     try:
-        with machine.lock(cfg.out_dir), machine.enough_memory():
+        with runs.lock(cfg.out_dir, (rank + 1, world_size)), runs.enough_memory():
             return compare(cfg, methods, seeds, data, device) if seeds else 0
     except KeyboardInterrupt:
         print("\nstopped; the same command with --resume goes on from the last line")
@@ -414,36 +664,73 @@ def main(argv=None):
 
 def compare(cfg, methods, seeds, data, device):
     """Train the methods one after another, save everything, and say what came out."""
-    states = {method: first_state(cfg, method, seeds, data) for method in methods}
-    print(f"{cfg.dataset}: {data.describe()}; seeds {seeds}; {cfg.steps} steps of {cfg.batch_size} "
-          f"on {device}, {torch.get_num_threads()} threads", flush=True)
-    left = {m: n_passes(m) * (1 - s.get("step", 0) / s.get("steps", 1)) for m, s in states.items()}
-    at_first, began, results = sum(left.values()), time.perf_counter(), {}
-    for method, state in states.items():
-        rest = () if state.get("done") else train(cfg, method, seeds, data, device, state)
-        for state in rest:
-            content = {"seeds": seeds, "init": state["init"], "dataset": cfg.dataset,
-                       "vocabulary": dataclasses.asdict(data.vocabulary), "state": state}
-            machine.save_checkpoint(cfg.out_dir, method, description(cfg, method, data) | content)
-            left[method] = n_passes(method) * (1 - state["step"] / state["steps"])
-            elapsed, todo = time.perf_counter() - began, sum(left.values())
-            eta, point = int(elapsed * todo / (at_first - todo)), state["curve"][-1]
-            line = f"{method:>20} step {state['step']:>5}/{state['steps']}"
-            for name in sorted({"loss", "accuracy", "nll"} & set(point)):
-                line += f"  {name} " + " ".join(f"{value:.2f}" for value in point[name][:4])
-            print(f"{line}  ETA {eta // 60}:{eta % 60:02}", flush=True)
-        left[method] = 0
-        results[method] = save_results(cfg, method, seeds, data, state, device)
+    settings = {s.name: getattr(cfg, s.name) for s in shared_settings(cfg)}
+    settings |= {"data": data.fingerprint, "device": device.split(":")[0]}
+    settings["fine_tuned"] = bool(cfg.init_from)
+    runs.join_folder(cfg.out_dir, settings)
 
-    print("\n" + report.table(results, seeds) + "\n\n" + report.verdict(results))
-    out_dir, prompt = shlex.quote(cfg.out_dir), data.decode(data.test[0, : data.prompt_len])
-    prompt = f" --prompt={prompt}" * isinstance(data, arith.Arithmetic)
-    print(f"More of it: python train.py --report --out_dir={out_dir}\nAsk it: python sample.py "
-          f"--out_dir={out_dir} --method={methods[-1]} --show{prompt}")
-    if cfg.variance and RANK == 0:
+    states, starts, paths, left = {}, {}, {}, {}
+    for method in methods:
+        start = load_start(cfg, method, data) if cfg.init_from else None
+        name = start["name"] if start else ""
+        path = runs.checkpoint_path(cfg.out_dir, label(cfg, method), name, seeds)
+        states[method] = first_state(cfg, method, seeds, path, start)
+        starts[method] = start
+        paths[method] = path
+        left[method] = passes_left(method, states[method])
+    print(f"{cfg.dataset}: {data.describe()}\nseeds {seeds}; {cfg.steps} steps of {cfg.batch_size} "
+          f"on {device}, {torch.get_num_threads()} threads; all goes to {cfg.out_dir}")
+
+    lines = []
+    at_first = sum(left.values())
+    began = time.perf_counter()
+    for method in methods:
+        state = states[method]
+        if not state.get("done"):
+            for state in train(cfg, method, seeds, data, device, state):
+                start = starts[method]
+                content = {
+                    "seeds": seeds, "start": start and start["fingerprint"], "state": state,
+                    "dataset": cfg.dataset, "vocabulary": dataclasses.asdict(data.vocabulary),
+                    "n_layer": cfg.n_layer, "n_head": cfg.n_head, "n_embd": cfg.n_embd,
+                }  # fmt: skip
+                runs.save_checkpoint(paths[method], content)
+                left[method] = passes_left(method, state)
+                print(progress(method, state, began, at_first, sum(left.values())), flush=True)
+        found = result_lines(cfg, method, seeds, data, device, state, starts[method])
+        runs.save_lines(cfg.out_dir, found)
+        lines += found
+
+    print(f"\n{report.table(settings, lines, cfg.baseline)}\n\n{report.verdict(settings, lines)}")
+    out_dir = shlex.quote(cfg.out_dir)
+    ask = f"python sample.py --out_dir={out_dir} --method={methods[-1]} --show"
+    if isinstance(data, arith.Arithmetic):
+        ask += " --prompt=" + shlex.quote(data.decode(data.test[0, : data.prompt_len]))
+    print(f"More of it: python train.py --report --out_dir={out_dir}\nTry it: {ask}")
+    if cfg.variance:
         variance.measure(cfg, methods, seeds[:1], data, device, build)
     return 0
 
 
+def passes_left(method, state):
+    if state.get("done"):
+        return 0
+    share = 1 - state.get("step", 0) / state.get("steps", 1)
+    return mdm.work(mdm.parse_method(method)).passes * share
+
+
+def progress(method, state, began, at_first, left):
+    """One line on the last evaluation: the numbers of the first four seeds, and the time left, if
+    the passes that are left take as long as those made since the beginning."""
+    line = f"{method:>20} step {state['step']:>5}/{state['steps']}"
+    for name, values in state["curve"][-1].items():
+        if name in ("loss", "accuracy", "nll") and values[0] is not None:
+            line += f"  {name} " + " ".join(f"{value:.2f}" for value in values[:4])
+    if left < at_first:
+        seconds = int((time.perf_counter() - began) * left / (at_first - left))
+        line += f"  ETA {seconds // 60}:{seconds % 60:02}"
+    return line
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(runs.guarded(main))

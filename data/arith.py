@@ -1,27 +1,66 @@
-"""Arithmetic as character-level, fixed-width text, made on the spot in well under a second.
+"""Arithmetic as text of fixed width, made on the spot in well under a second.
 
-    add2 ... add5   123+456=0579             zero-padded sum, most significant digit first
-    mul2            47*86=282+3760=4042      product by way of its two partial products
-    sum4 ... sum8   3941=3267                running sums of the digits, mod 10
-    mix3            007+042=0049             like add3, with 1, 2 or 3 digits: to pretrain on
+    add2 ... add5   123+456=0579             a zero-padded sum, most significant digit first
+    mul2            47*86=282+3760=4042      a product, by way of its two partial products
+    sum4 ... sum8   3941=3267                the running sums of the digits, modulo 10
+    mix3            007+042=0049             add3 with 1, 2 or 3 digits, for pretraining
 
-Up to the first `=` it is the prompt; the rest is the response, which alone is masked, generated and
-scored. Training and test problems are disjoint, and the same in every run (but of 47*86 and 86*47
-each may have one: usual in mul2, rare in add3). `python -m data.arith add3` prints a few.
+The prompt ends with the first `=`. The rest is the response, and only the response is masked,
+generated and scored. The problems are the same in all runs, and no test problem is for training.
+(But 86*47 may be for training when 47*86 is for tests: common in mul2, rare in add3.)
+
+A task of your own is a function from a number i to problem i. Paste it above DATASETS:
+
+    def reverse(i):
+        digits = f"{i:05}"
+        return f"{digits}={digits[::-1]}"  # 12345=54321
+
+    TASKS["reverse"] = (10**5, reverse)  # i is 0 ... 10**5 - 1, and every i gives another problem
+
+`python data/arith.py reverse` prints a few, and `python train.py --dataset=reverse` trains on it.
 """
 import sys
 import zlib
 from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from data import machine
+if __name__ == "__main__":  # let Python find the package `data` from any current folder
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from data import runs
 from data.text import Vocabulary
 
-DATASETS = ["add2", "add3", "add4", "add5", "mul2", "sum4", "sum5", "sum6", "sum7", "sum8", "mix3"]
-DATA_SEED = 1337
-N_TRAIN, N_TEST = 20_000, 8192  # of few problems all but 1000 are for training, these for tests
+
+def add(n_digits, i):
+    a, b = divmod(i, 10**n_digits)
+    return f"{a:0{n_digits}}+{b:0{n_digits}}={a + b:0{n_digits + 1}}"
+
+
+def multiply(i):
+    a, b = divmod(i, 100)
+    ones = a * (b % 10)
+    tens = a * (b - b % 10)
+    return f"{a:02}*{b:02}={ones:03}+{tens:04}={a * b:04}"
+
+
+def running_sums(n_digits, i):
+    prompt = f"{i:0{n_digits}}"
+    sums = accumulate(int(digit) for digit in prompt)
+    return f"{prompt}=" + "".join(str(total % 10) for total in sums)
+
+
+TASKS = {}  # name: (number of problems, function from i to problem i)
+for n in (2, 3, 4, 5):
+    TASKS[f"add{n}"] = (100**n, partial(add, n))
+TASKS["mul2"] = (100**2, multiply)
+for n in (4, 5, 6, 7, 8):
+    TASKS[f"sum{n}"] = (10**n, partial(running_sums, n))
+
+DATASETS = [*TASKS, "mix3"]
 
 
 @dataclass
@@ -31,9 +70,13 @@ class Arithmetic:
     train: torch.Tensor  # (N_train, T) int64 token ids
     test: torch.Tensor  # (N_test, T)
     prompt_len: int  # the response is tokens prompt_len ... T-1
+    structural: list  # SyRM masks these positions too: the symbols of the prompt
+    rare: list  # ISAD's default, as token ids: the symbols of the response
+    fingerprint: str  # of all training problems in use
 
     def __post_init__(self):
-        self.encode, self.decode = self.vocabulary.encode, self.vocabulary.decode
+        self.encode = self.vocabulary.encode
+        self.decode = self.vocabulary.decode
 
     def train_blocks(self, device):
         return self.train.to(device)
@@ -41,70 +84,49 @@ class Arithmetic:
     def describe(self):
         return f"{len(self.train)} training problems such as {self.decode(self.train[0])}"
 
-    @property
-    def fingerprint(self):
-        return machine.fingerprint(self.train, self.vocabulary.items)
-
-    @property
-    def structural(self):
-        """Positions (list) of the prompt's symbols, the same in all problems; for SyRM."""
-        prompt = self.decode(self.train[0, : self.prompt_len])
-        return [i for i, char in enumerate(prompt) if char in "+*="]
-
-    @property
-    def rare(self):
-        """ISAD's default: token ids (list) of the separators in the response."""
-        response = self.decode(self.train[0, self.prompt_len :])
-        return self.encode("".join(sorted(set(response) & set("+*="))))
-
-
-def problem(name, i):
-    d = int(name[3:])
-    a, b = divmod(i, 10**d)
-    if name.startswith("add"):
-        return f"{a:0{d}}+{b:0{d}}={a + b:0{d + 1}}"
-    if name.startswith("mul"):
-        ones, tens = a * (b % 10), a * (b // 10 * 10)
-        return f"{a:02}*{b:02}={ones:03}+{tens:04}={a * b:04}"
-    digits = [int(c) for c in f"{i:0{d}}"]
-    return f"{i:0{d}}=" + "".join(str(s % 10) for s in np.cumsum(digits))
-
 
 def draw(name):
-    """Training and test problems of a data set, as two lists of text."""
-    rng = np.random.default_rng(DATA_SEED)
-    if name == "mix3":  # small problems are few and recur: a checksum says which are held out
-        size = 10 ** rng.integers(1, 4, 25_000)[:, None]
-        texts = [f"{a:03}+{b:03}={a + b:04}" for a, b in rng.integers(0, size, (25_000, 2))]
-        held_out = [text for text in texts if zlib.crc32(text.encode()) % 8 == 0]
-        never = {*held_out, *draw("add3")[1]}
-        return [text for text in texts if text not in never][:N_TRAIN], held_out[:N_TEST]
-    total = 10 ** (int(name[3:]) * (1 if name.startswith("sum") else 2))
-    n_train = min(N_TRAIN, total - 1000)
-    n = min(n_train + N_TEST, total)
-    texts = [problem(name, int(i)) for i in rng.choice(total, n, replace=False)]
-    return texts[:n_train], texts[n_train:]
+    """All training problems and all test problems of a data set, as two lists of text."""
+    rng = np.random.default_rng(1337)
+    if name != "mix3":
+        total, problem = TASKS[name]
+        n_train = min(20_000, total * 9 // 10)  # a small task keeps a tenth for tests
+        n_drawn = min(n_train + 8192, total)
+        texts = [problem(int(i)) for i in rng.choice(total, n_drawn, replace=False)]
+        return texts[:n_train], texts[n_train:]
+    n_digits = rng.integers(1, 4, (25_000, 1))
+    pairs = rng.integers(0, 10**n_digits, (25_000, 2))
+    texts = [add(3, 1000 * a + b) for a, b in pairs]
+    # Short problems come up often. A checksum of the text puts all copies of one on the same side.
+    test = [text for text in texts if zlib.crc32(text.encode()) % 8 == 0]
+    held_out = {*test, *draw("add3")[1]}  # since add3 is trained on after mix3
+    train = [text for text in texts if text not in held_out]
+    return train[:20_000], test[:8192]
 
 
 def make(name, n_train=0, n_test=512):
-    """The data set of that name: n_train (0: all) problems, n_test (at most). Raises ValueError."""
+    """The data set of that name, with n_train training problems (0: all) and at most n_test others.
+    Raises ValueError for an unknown name, and for more training problems than there are."""
     if name not in DATASETS:
         raise ValueError(f"unknown dataset '{name}': choose one of {', '.join(DATASETS)}")
     train, test = draw(name)
     if n_train > len(train):
         raise ValueError(f"{name} has {len(train)} training problems, not {n_train}")
-    train, test = train[: n_train or len(train)], test[:n_test]
-    chars = sorted(set("0123456789").union(train[0]))
-    index = {char: i for i, char in enumerate(chars)}
-    ids = torch.tensor([[index[char] for char in text] for text in train + test])
-    parts = ids.split([len(train), len(test)])
-    return Arithmetic(name, Vocabulary("char", chars), *parts, train[0].index("=") + 1)
+    vocabulary = Vocabulary("char", sorted(set("".join(train + test))))
+    prompt, response = train[0].split("=", 1)
+    structural = [i for i, char in enumerate(prompt + "=") if not char.isalnum()]
+    rare = vocabulary.encode(sorted({char for char in response if not char.isalnum()}))
+    train = torch.tensor([vocabulary.encode(text) for text in train[: n_train or len(train)]])
+    test = torch.tensor([vocabulary.encode(text) for text in test[:n_test]])
+    known_by = runs.fingerprint(train, vocabulary.items)
+    prompt_len = len(prompt) + 1
+    return Arithmetic(name, vocabulary, train, test, prompt_len, structural, rare, known_by)
 
 
 if __name__ == "__main__":
     try:
         data = make(sys.argv[1] if len(sys.argv) > 1 else "add3")
-    except ValueError as e:
-        sys.exit(f"error: {e}")
-    print(f"{data.describe()}; vocabulary {''.join(data.vocabulary.items)}")
+    except ValueError as error:
+        runs.fail(error)
+    print(data.describe())
     print("\n".join(data.decode(row) for row in data.train[:5]))

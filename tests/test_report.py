@@ -1,111 +1,238 @@
-"""Statistics against known answers; tables and figures from made-up results."""
+"""The report by hand: every number of its tables from a few shuffled lines, and its figures."""
 import json
 import math
-import os
+import random
 
 import numpy as np
 import pytest
 
-from data import figures, report
+from data.results import figures, report
+
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
+SETTINGS = {"dataset": "add3", "steps": 20, "batch_size": 8, "n_test": 100}
+ARM = {3: 0.9, 1: 1.0, 2: 0.8}  # accuracies by seed
+MDM = {1: 0.2, 2: 0.6, 3: 0.1}
 
 
-def test_spread_and_interval():
-    """Of 0 and 1, n = 20, the bootstrap mean is binomial, and its quantiles are known."""
-    x, few = np.repeat([0.0, 1.0], 10), np.arange(4.0)  # of few seeds: Student's t
-    assert report.interval(report.mean, x) == pytest.approx((0.3, 0.7), abs=0.051)
-    assert report.sd(x) == pytest.approx(np.std(x, ddof=1)) and math.isnan(report.sd(x[:1]))
-    assert report.sd(np.array([1.0, np.inf])) == np.inf
-    assert report.t_interval(few) == pytest.approx((1.5, -0.554, 3.554), abs=0.01)
-    assert report.interval(report.difference, few, x[:4])[1] == pytest.approx(3.554, abs=0.01)
+def line(method="mdm", seed=1, accuracy=0.5, nll=1.0, start="", **changes):
+    curve = [{"step": 0, "loss": None, "accuracy": 0.0, "nll": 2.0},
+             {"step": 20, "loss": 1.5, "accuracy": accuracy, "nll": nll}]  # fmt: skip
+    run = {"method": method, "seed": seed, "start": start, "passes": 1, "curve": curve}
+    run |= {"accuracy": accuracy, "nll": nll, "diverged": None, "gradclip": 0.25}
+    return run | {"seconds": 6.0, "seeds_trained_together": 3} | changes
 
 
-def test_the_spread_between_pretrainings_and_within():
-    """Of 300 experiments whose SDs are known: the mean estimates, and how often intervals hold."""
-    rng, kept, squares = np.random.default_rng(0), np.zeros(2), np.zeros(2)
-    for _ in range(300):
-        x = 2 * rng.normal(size=(6, 1)) + rng.normal(size=(6, 8))
-        for i, ((sd, low, high), truth) in enumerate(zip(report.between_and_within(x), (2, 1))):
-            kept[i] += low <= truth <= high
-            squares[i] += sd**2 / 300
-    assert squares == pytest.approx([4, 1], rel=0.12) and (abs(kept / 300 - 0.95) < 0.04).all()
+def shuffled(**methods):
+    """A line for each seed of each method, in a random order that is always the same."""
+    lines = [line(name, seed, x) for name, scores in methods.items() for seed, x in scores.items()]
+    random.Random(1).shuffle(lines)
+    return lines
 
 
-def line(method="mdm", seed=1, accuracy=0.5, nll=1.0, **changes):
-    scores = {"accuracy": accuracy, "nll": nll}
-    curve = [{"step": 10, "accuracy": accuracy / 2, "nll": 2.0}, {"step": 20, **scores}]
-    run = {"method": method, "seed": seed, "dataset": "add3", "steps": 20, "batch_size": 8, "lr": 1}
-    outcome = {"nll_se": 0.1, "passes": 1, "seconds": 1.0, "clipped_steps": 0.25, "curve": curve}
-    return run | scores | outcome | changes
+def text_only(lines):
+    return [{k: v for k, v in line.items() if k != "accuracy"} for line in lines]
 
 
-def test_groups_hold_what_can_be_compared():
-    lines = [line("mdm"), line("mdm_batch2", batch_size=16), line("mdm_steps2", steps=40)]
-    lines += [line("arm", lr=2.0)]
-    lines += [line("ppots", ppots_fit="epr"), line("ppots", ppots_fit="grid")]
-    first, second = report.groups(lines)
-    assert list(first) == ["mdm", "mdm_batch2", "mdm_steps2", "ppots", "ppots grid"]
-    assert list(second) == ["arm"] and "dataset add3" in report.heading(first)
-    tuned = [line(m, s, s / 9, init_from=a, init=[a, m + a], data="1")
-             for a in "ab" for s in (1, 2) for m in ("arm", "mdm")]  # fmt: skip
-    (both,) = report.groups(tuned)  # seeds of two pretrainings are one sample
-    assert len(both["mdm"]) == 4 and "init_from a (mdma) b (mdmb)" in report.heading(both)
-    assert "0.167 0.167" in report.nested(both) and report.nested(first) == ""
-    assert len(report.same_seeds(both, "arm", "mdm")[0]) == 4
+def cells(text, method):
+    """The cells of a method's row by their heads."""
+    split = [[cell.strip() for cell in row.split("  ") if cell.strip()] for row in text.split("\n")]
+    (row,) = [row for row in split if row[0] == method]
+    return dict(zip(split[0], row))
 
 
-def test_a_lost_seed_counts_as_the_worst():
-    rows = [line(accuracy=0.9), line(seed=2, accuracy=0.9, diverged=7), line(seed=3, nll=None)]
-    assert report.column(rows, "accuracy").tolist() == [0.9, 0.0, 0.5]
-    assert report.column(rows, "nll").tolist() == [1.0, math.inf, math.inf]
-    assert "seed 2: not finite at step 7" in report.table({"mdm": rows})
+def write_folder(folder, lines, **changes):
+    folder.mkdir(exist_ok=True)
+    (folder / "settings.json").write_text(json.dumps(SETTINGS | changes))
+    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder)
 
 
-def test_all_shares_are_read_and_the_newest_run_counts(tmp_path):
-    old, new, other = line(nll=1.0), line(nll=2.0), line(seed=2)
-    damaged = '\n{"method": "md\n[1]\n{"seed": 3}\n'
-    (tmp_path / "results.jsonl").write_text(json.dumps(old) + damaged)
-    (tmp_path / "results.1of2.jsonl").write_bytes(b"\xff\xfe\n" + json.dumps(new).encode() + b"\n")
-    (tmp_path / "results.2of2.jsonl").write_text(json.dumps(other) + "\n")
-    os.utime(tmp_path / "results.jsonl", (1, 1))
-    assert {(x["seed"], x["nll"]) for x in report.read_results(tmp_path)} == {(1, 2.0), (2, 1.0)}
+def test_intervals():
+    """Quantiles of Student's t from scipy.stats.t.ppf(0.975, df), rounded up to df 7."""
+    known = {1: 12.706, 2: 4.303, 3: 3.182, 7: 2.365, 8: 2.306004, 15: 2.131450, 200: 1.971896}
+    for df, t in known.items():
+        sample = np.arange(df + 1.0)
+        mean, low, high = report.interval(sample)
+        error = np.std(sample, ddof=1) / (df + 1) ** 0.5
+        assert mean == df / 2
+        assert ((high - mean) / error, (mean - low) / error) == pytest.approx((t, t), abs=1e-4)
+    assert np.isnan(report.interval(np.array([1.0]))[1])
+    assert np.isnan(report.interval(np.array([]))).all()
+    # Wilson's, of 16 in 32: 16 -+ 1.96 * sqrt(8 + .96) / (1 + 3.84 / 32) = 16 -+ 5.24.
+    assert report.solved(np.repeat([0.9, 0.899], 16)) == "16 [11, 21] of 32"
+    assert report.solved(np.full(32, 0.1)) == "0 [0, 3] of 32"
+    assert report.solved(np.full(4, 1.0)) == "4 [2, 4] of 4"
 
 
-@pytest.fixture
-def results():
-    rng = np.random.default_rng(0)
-    found = {}
-    for method, passes, level in [("arm", 1, 0.9), ("mdm", 1, 0.4), ("ppots_mirror", 2, 0.7),
-                                  ("mdm_batch2", 2, 0.6)]:  # fmt: skip
-        accuracies = level + 0.1 * rng.random(5)
-        found[method] = [line(method, s, a, 2 - a, passes=passes) for s, a in enumerate(accuracies)]
-    return found
+def test_pairs_are_of_the_same_seed():
+    """By hand: 1.0 - .2, .8 - .6, .9 - .1 are .8, .2, .8. Any other pairing has another SD."""
+    lines = shuffled(arm=ARM, mdm=MDM)
+    starts, seeds, columns = report.wide(lines, "accuracy")
+    assert (starts, seeds) == ([""], [1, 2, 3])
+    assert columns["arm"].tolist() == [[1.0, 0.8, 0.9]]
+    assert columns["mdm"].tolist() == [[0.2, 0.6, 0.1]]
+    difference, _, size = report.compare(SETTINGS, lines, "arm", "mdm")
+    half = 4.303 * np.std([80, 20, 80], ddof=1) / 3**0.5
+    assert difference == pytest.approx((60, 60 - half, 60 + half))
+    assert size == "seeds: 3"
+    # The ratio of spreads is that of logits.
+    a = np.log([100.5 / 0.5, 80.5 / 20.5, 90.5 / 10.5])
+    b = np.log([20.5 / 80.5, 60.5 / 40.5, 10.5 / 90.5])
+    ratio, low, high = report.compare(SETTINGS, lines, "arm", "mdm")[1]
+    assert ratio == pytest.approx(np.std(a) / np.std(b))
+    assert ratio / low == pytest.approx(39.0**0.5, rel=0.06)  # scipy.stats.f.ppf(0.975, 2, 2)
+    assert high / ratio == pytest.approx(39.0**0.5, rel=0.06)
+    lines = text_only([line("a", 1, nll=1.0), line("a", 2, nll=math.e), line("b", 1, nll=3.0),
+                       line("b", 2, nll=3 * math.e**2)])  # fmt: skip
+    assert report.compare(SETTINGS, lines, "a", "b")[1][0] == pytest.approx(0.5)
 
 
-def test_tables_and_the_verdict(results):
-    text = report.table({name: rows[:3] for name, rows in results.items()}, [0, 1, 2])
-    assert "25%" in text and "seed 2" in text and max(map(len, text.splitlines())) <= 130
-    assert "5/5" not in report.table({"mdm": results["mdm"]})
-    for key in ("accuracy", "nll"):
-        assert "minus mdm" in report.statistics(results, key)
-    said = report.verdict(results)
-    a, b = (report.column(results[name], "accuracy").mean() for name in ("ppots_mirror", "mdm"))
-    assert f"{100 * (a - b):+.1f} points" in said and "its worst seed beats" in said
-    assert "mdm_batch2 +" in said
-    alone = report.verdict({name: rows[:1] for name, rows in results.items() if "2" not in name})
-    assert "nan" not in alone and "worst seed" not in alone and "add mdm_batch2" in alone
-    assert "run --method" in report.verdict({"arm": results["arm"]})
-    for name in results:  # text has no accuracy: less is better
-        for row in results[name]:
-            del row["accuracy"]
-    assert "does not beat" not in report.verdict(results) and " nats" in report.verdict(results)
+def test_the_table_by_hand():
+    many = shuffled(two=dict(zip(range(5), [0.9, 0.95, 0.7, 0.85, 1.0])), mdm={4: 0.3} | MDM)
+    many = [line | {"passes": 2 if line["method"] == "two" else 1} for line in many]
+    many.sort(key=lambda line: line["method"], reverse=True)
+    text = report.table(SETTINGS, many, "mdm")
+    assert text.index("\nmdm") < text.index("\ntwo")  # by passes
+    row = cells(text, "two")
+    assert row["passes"] == "2" and row["solved"] == "3 [1, 4] of 5"
+    assert row["mean accuracy"] == "0.880 [0.737, 1.023]"  # 2.776 * .1151 / sqrt(5) = .143
+    assert row["SD"] == "0.115" and row["worst"] == "0.700"
+    assert row["minus mdm"] == "+57.5 [7.0, 108.0]"  # of 75, 10, 75, 70: 3.182 * 31.75 / 2 = 50.5
+    assert row["gradclip"] == "25%" and row["seconds"] == "10" and row["nll"] == "1.000"
+    assert cells(report.table(SETTINGS, many, "two"), "mdm")["minus two"] == "-57.5 [-108.0, -7.0]"
+    assert "minus" not in report.table(SETTINGS, many, "none")
+    few = report.table(SETTINGS, many, "mdm", seeds=[1, 2])
+    assert (cells(few, "two")["seed 1"], cells(few, "two")["seed 2"]) == ("0.950", "0.700")
+    assert "solved" not in few and "seed 3" not in few
+    text = report.table(SETTINGS, text_only([line(seed=s, nll=s / 2) for s in range(1, 6)]), "mdm")
+    assert cells(text, "mdm")["worst"] == "2.500" and "solved" not in text
 
 
-def test_figures(results, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    larger = [row | {"batch_size": 16} for rows in results.values() for row in rows]
-    said = figures.write(str(tmp_path), [results, *report.groups(larger)])
-    for name in ("seeds.png", "seeds2.png", "batches.png"):
-        assert name in said and (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
-    assert len(figures.method().axes) == 2
+def test_pretrainings_are_the_units():
+    """Differences by start: 30 and 20 in a, 0 in b, hence 25 and 0."""
+    lines = [line("mdm", 1, 0.4, start="a"), line("mdm", 2, 0.6, start="a"),
+             line("mdm", 1, 0.5, start="b"), line("x", 1, 0.7, start="a"),
+             line("x", 2, 0.8, start="a"), line("x", 1, 0.5, start="b")]  # fmt: skip
+    difference, ratio, size = report.compare(SETTINGS, lines[::-1], "x", "mdm")
+    half = 12.706 * 12.5
+    assert difference == pytest.approx((12.5, 12.5 - half, 12.5 + half))
+    assert size == "pretrainings: 2"
+    assert not math.isnan(ratio[0])
+    assert report.wide(lines[::-1], "nll")[0] == ["a", "b"]
+    sd, df = report.spread(np.array([[0.4, 0.6, 0.8], [0.5, 0.5, np.nan], [np.nan] * 3]))
+    assert (sd, df) == (pytest.approx((0.08 / 3) ** 0.5), 3)
+    text = report.table(SETTINGS, lines, "mdm")
+    assert "over pretrainings" in text and "seed 1" not in text
+    # A missing cell.
+    lines = shuffled(arm={seed: ARM[seed] for seed in (3, 1)}, mdm=MDM)
+    difference, _, size = report.compare(SETTINGS, lines, "arm", "mdm")
+    assert (difference[0], size) == (pytest.approx(80), "seeds: 2")
+    row = cells(report.table(SETTINGS, lines, "mdm"), "arm")
+    assert (row["seed 1"], row["seed 2"], row["mean accuracy"][:5]) == ("1.000", "-", "0.950")
+
+
+def test_a_diverged_seed_is_the_worst():
+    ours = "ppots_mirror"
+    lines = [line(seed=1, accuracy=0.9), line(seed=2, accuracy=0.9, diverged=7),
+             line(seed=3, nll=None), line(ours, 1, 0.9), line(ours, 2, 0.9, diverged=0),
+             line(ours, 3, nll=math.nan)]  # fmt: skip
+    assert report.wide(lines, "accuracy")[2]["mdm"].tolist() == [[0.9, 0.0, 0.5]]
+    assert report.wide(lines, "nll")[2]["mdm"].tolist() == [[1.0, math.inf, math.inf]]
+    assert report.wide(lines, "nll")[2][ours].tolist() == [[1.0, math.inf, math.inf]]
+    said = report.verdict(SETTINGS, lines)
+    assert "mdm, seed 2 diverged at step 7" in said
+    assert "ppots_mirror, seed 2 diverged at step 0" in said
+    lines = text_only(lines)
+    assert report.compare(SETTINGS, lines, ours, "mdm")[0] == (0.0, 0.0, 0.0)
+    assert report.interval(np.array([1.0, math.inf]))[0] == math.inf
+    text = report.table(SETTINGS, lines, "mdm")
+    assert "inf" in text and "nan" not in text + report.verdict(SETTINGS, lines[1:4])
+
+
+def test_the_verdict():
+    by_seed = {1: 0.9, 2: 0.9, 3: 0.8}
+    said = report.verdict(SETTINGS, shuffled(ppots_mirror=by_seed, mdm=MDM, multi2=by_seed))
+    assert "MDM: +56.7 [-0.7, 114.0] points of accuracy (seeds: 3), not told apart." in said
+    nothing = "+0.0 [0.0, 0.0] points of accuracy (seeds: 3), not told apart."
+    assert f"Minus multi2, at the same compute: {nothing}" in said
+    assert "Add mdm_batch2,mdm_steps2 to" in said
+    clear = report.verdict(SETTINGS, shuffled(ppots_mirror=by_seed, mdm={1: 0.1, 2: 0.1, 3: 0.1}))
+    assert "MDM: +76.7 [62.3, 91.0] points of accuracy (seeds: 3)." in clear
+    same = report.verdict(SETTINGS, shuffled(ppots_mirror=MDM, mdm=MDM))
+    assert f"MDM: {nothing}" in same
+    assert "SD is 1.00 [0.17, 5.98] times MDM's (of the logit of the accuracy), not told" in same
+    assert (report.told((3, 2, 4), 1), report.told((3, 2, 4), 5)) == ("", "")
+    pair = [line("ppots_mirror", nll=0.5), line("mdm", nll=0.75)]
+    one = report.verdict(SETTINGS, pair)
+    assert "+0.0 points of accuracy (seeds: 1), without an interval" in one and "nan" not in one
+    one = report.verdict(SETTINGS, text_only(pair))
+    assert "MDM: -0.250 nats per token (less is better)" in one
+    assert "needs mdm and ppots_mirror" in report.verdict(SETTINGS, [line("arm")])
+
+
+def test_lines_are_read_or_named(tmp_path, capsys):
+    path = tmp_path / "results.jsonl"
+    good = json.dumps(line(note="a\u2028b\x85c"), ensure_ascii=False)
+    old = json.dumps({"method": "mdm", "seed": 1, "nll": 1.0, "init": None, "init_from": ""})
+    other = ['{"method": "md', "[1]", old, '{"start": "", "seed": 3}', old, "7"]
+    path.write_text("\n".join([good, "", *other, good]) + "\r\n", encoding="utf-8-sig", newline="")
+    results, damaged = report.read_lines(path)
+    assert [line["note"] for line in results] == ["a\u2028b\x85c"] * 2
+    assert damaged == other
+    said = capsys.readouterr().err.splitlines()
+    for number in (3, 4, 6, 8):
+        assert sum(f"{path}, line {number} is left out" in text for text in said) == 1
+    assert sum("old lines" in text and "another --out_dir" in text for text in said) == 1
+    assert len(said) == 5
+    path.write_bytes(b"\xff\n" + good.encode())
+    assert len(report.read_lines(path)[0]) == 1
+    assert report.read_lines(tmp_path / "none") == ([], [])
+
+
+def test_folders(tmp_path, capsys, monkeypatch):
+    folder = write_folder(tmp_path / "[a]", [line(nll=1.0), line(seed=2, nll=5.0)])
+    (tmp_path / "[a]" / "results.z.jsonl").write_text(json.dumps(line(nll=2.0)))
+    settings, results = report.read_folder(folder)
+    assert settings == SETTINGS and [line["nll"] for line in results] == [2.0, 5.0]
+    (tmp_path / "[a]" / "settings.json").unlink()
+    for bad in (str(tmp_path), folder, write_folder(tmp_path / "empty", [])):
+        with pytest.raises(ValueError, match="has no results"):
+            report.read_folder(bad)
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    assert "pip install matplotlib" in figures.write(str(tmp_path), [results])
+    lines = shuffled(ppots_mirror=ARM, mdm=MDM)
+    report.main([write_folder(tmp_path / "b", lines)], "mdm")
+    said = capsys.readouterr().out
+    spread = "SD of ppots_mirror / SD of mdm, of the logit of the accuracy: 1.59 [0.27, 9.52], not"
+    for words in ("batch_size 8", "minus mdm", spread, "P-POTS+", "pip install matplotlib"):
+        assert words in said
+    report.main([str(tmp_path / "b")], "none")
+    assert "--baseline=none is not among" in capsys.readouterr().out
+
+
+def test_figures(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    lines = shuffled(ppots_mirror=ARM, mdm=MDM) + [line("mdm", 4, nll=None, diverged=3)]
+    small = write_folder(tmp_path / "small", lines)
+    large = write_folder(tmp_path / "large", text_only(lines), batch_size=64)
+    report.main([small], "mdm")
+    report.main([large], "mdm")
+    for name in ("small/seeds.png", "small/curves.png", "large/seeds.png", "large/curves.png"):
+        assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+    assert "some have none" in figures.write([(d, *report.read_folder(d)) for d in (small, large)])
+    write_folder(tmp_path / "large", lines, batch_size=64)
+    folders = [(d, *report.read_folder(d)) for d in (large, small)]
+    axes = figures.batches(folders).axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["8", "64"]
+    (mdm,) = [drawn for drawn in axes.lines if drawn.get_label() == "mdm"]
+    assert mdm.get_ydata() == pytest.approx([0.225, 0.225])  # of .2, .6, .1 and 0
+    lost = line("mdm", 4, curve=[{"step": 10, "accuracy": 0.0}])
+    curves = figures.curves(shuffled(mdm=MDM) + [lost] + [line(str(i)) for i in range(8)])
+    assert len(curves.axes) == 8 and curves.axes[0].lines[0].get_color() == figures.BLUE
+    mean = figures.curves(shuffled(mdm=MDM)).axes[0].lines[-1]
+    assert mean.get_xydata() == pytest.approx(np.array([[0, 0], [20, 0.3]]))
+    assert len(curves.axes[0].lines[-1].get_xydata()) == 0  # no step has all four runs
+    low, high = report.interval(np.array([0.2, 0.6, 0.1]))[1:]
+    drawn = figures.seeds(shuffled(mdm=MDM)).axes[0].lines[0]
+    assert drawn.get_xdata() == pytest.approx([low, high])
+    (tmp_path / "large" / "batches.png").mkdir()
+    assert "cannot be written" in figures.write(folders)

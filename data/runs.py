@@ -1,0 +1,256 @@
+"""A run's files: its folder, its checkpoints and its result lines.
+
+One folder holds one comparison. Its runs may differ in their method, the method's own settings,
+the seed and the pretrained start. All other settings are the same, and stand in settings.json:
+
+    OUT_DIR/settings.json          the settings that all runs of this folder share
+    OUT_DIR/results.jsonl          a line for each method, start and seed
+    OUT_DIR/METHOD/ckpt_SEED.pt    the checkpoint of the seeds trained together, SEED being the first
+
+Under torchrun each process trains a share of the seeds. Seeds share nothing, so the processes need
+not talk to each other: they only take turns at writing results.jsonl.
+"""
+import contextlib
+import glob
+import hashlib
+import json
+import os
+import sys
+
+import filelock
+import numpy as np
+import torch
+
+VERSION = 5  # of checkpoints and result lines; a change of the model or of the draws is a new one
+
+
+def fail(message):
+    """Say in one line what is wrong and what to do, and leave with code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def torchrun_share():
+    """This process's rank and the number of processes, (0, 1) without torchrun."""
+    rank = os.environ.get("RANK") or None
+    world_size = os.environ.get("WORLD_SIZE") or None
+    if rank is None and world_size in (None, "1"):
+        return 0, 1
+    try:
+        share = int(rank), int(world_size)
+        if 0 <= share[0] < share[1]:
+            return share
+    except (TypeError, ValueError):
+        pass
+    fail(f"RANK={rank} and WORLD_SIZE={world_size} do not fit: unset both, or start with torchrun")
+
+
+def fingerprint(*parts):
+    """8 hex digits that stand for the content of tensors, arrays, lists or text."""
+    content = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, (str, list)):
+            content.update(json.dumps(part).encode())
+        else:
+            content.update(np.ascontiguousarray(part).tobytes())
+    return content.hexdigest()[:8]
+
+
+# --------------------------------------------------------------------------------------------------
+# Files. A file gets its name only when it is whole, so a killed run never damages an older one.
+
+
+def write(path, save):
+    """Let save(name) write a file under a temporary name, and rename it to path at the end."""
+    temporary = f"{path}.{os.getpid()}.tmp"
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        save(temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:  # a RuntimeError is torch's, when the disk is full
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        fail(f"cannot write {path}: {getattr(e, 'strerror', None) or 'is the disk full?'}")
+
+
+def write_lines(path, lines):
+    """Write dictionaries as JSON, one a line."""
+
+    def save(name):
+        with open(name, "w", encoding="utf-8") as f:
+            f.writelines((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines)
+
+    write(path, save)
+
+
+@contextlib.contextmanager
+def lock(out_dir, share):
+    """Keep other runs out of out_dir. The system lets go of the lock even after kill -9.
+    Each of torchrun's processes has a lock of its own."""
+    path = os.path.join(out_dir, f"lock.{share[0]}of{share[1]}")
+    try:
+        os.makedirs(out_dir, exist_ok=True)
+        held = filelock.FileLock(path).acquire(timeout=0)
+    except filelock.Timeout:
+        fail(f"--out_dir={out_dir} is in use by another run: wait, or choose another")
+    except (OSError, NotImplementedError) as e:
+        fail(f"cannot write to --out_dir={out_dir}: {getattr(e, 'strerror', None) or e}")
+    with held:
+        yield
+
+
+@contextlib.contextmanager
+def enough_memory():
+    """Say in one line when memory runs out."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:
+        if not is_out_of_memory(e):
+            raise
+        fail("out of memory: lower --n_seeds, --batch_size, --n_embd, --n_layer or --block_size")
+
+
+def is_out_of_memory(error):
+    said = f"{error!r}".lower()  # on a CPU torch has no error class of its own for this
+    return any(word in said for word in ("out of memory", "memoryerror", "alloc", "overflow"))
+
+
+def guarded(main):
+    """Run a program's main function. Ctrl-C, a closed pipe or a full disk end it in one line."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # any text can be printed on any terminal
+    try:
+        code = main()
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 130
+    except OSError as e:
+        sys.stdout = open(os.devnull, "w")  # nobody listens any more
+        if not isinstance(e, BrokenPipeError):
+            fail(e)
+        return 1
+
+
+# --------------------------------------------------------------------------------------------------
+# The folder.
+
+
+def newest_folder(parent="out"):
+    """The folder in parent whose results are newest. None if there is none."""
+    found = glob.glob(os.path.join(parent, "*", "settings.json"))
+    return os.path.dirname(max(found, key=os.path.getmtime)) if found else None
+
+
+def read_settings(out_dir):
+    """The shared settings of a folder. None if it has none yet."""
+    try:
+        with open(os.path.join(out_dir, "settings.json"), encoding="utf-8") as f:
+            return json.load(f)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as e:
+        fail(f"cannot read {os.path.join(out_dir, 'settings.json')}: {e}")
+
+
+def join_folder(out_dir, settings):
+    """Write the shared settings of a new folder. Refuse a run whose settings are others."""
+    theirs = read_settings(out_dir)
+    if theirs is None:
+        if glob.glob(os.path.join(glob.escape(out_dir), "results*.jsonl")):
+            fail(f"{out_dir} has results of an older version: take another --out_dir")
+        theirs = settings
+    differ = [f"{name} {theirs.get(name)}, not {value}" for name, value in settings.items()
+              if theirs.get(name) != value and name != "dataset"]  # "data" says it better
+    if differ:
+        fail(f"the runs in {out_dir} have {'; '.join(differ)[:300]}: take another --out_dir")
+    write_lines(os.path.join(out_dir, "settings.json"), [theirs])
+
+
+def read_lines(path):
+    """The result lines (dictionaries) in a file, and the text of lines that cannot be read, as two
+    lists. Each of the latter is reported, and never lost: save_lines writes it back."""
+    good = []
+    damaged = []
+    with open(path, encoding="utf-8-sig", errors="replace", newline="\n") as f:
+        for number, text in enumerate(f, 1):
+            try:
+                line = json.loads(text)
+                if not {"method", "seed", "start", "nll"} <= set(line):
+                    raise ValueError
+                good.append(line)
+            except (ValueError, TypeError):
+                if text.strip():
+                    damaged.append(text.rstrip("\r\n"))
+                    print(f"warning: line {number} of {path} is damaged, or of an older version: "
+                          "it is kept, and not used", file=sys.stderr)
+    return good, damaged
+
+
+def read_results(out_dir):
+    """All result lines of a folder. Where a run is there twice, the later line counts."""
+    found = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(out_dir), "results*.jsonl"))):
+        for line in read_lines(path)[0]:
+            found[line["method"], line["start"], line["seed"]] = line
+    return list(found.values())
+
+
+def save_lines(out_dir, lines):
+    """Add lines to results.jsonl. A line replaces the older line of the same run."""
+    path = os.path.join(out_dir, "results.jsonl")
+    with filelock.FileLock(os.path.join(out_dir, "lock.results")):
+        old, damaged = read_lines(path) if os.path.exists(path) else ([], [])
+        every = {(line["method"], line["start"], line["seed"]): line for line in old + lines}
+        write_lines(path, [*every.values(), *damaged])
+
+
+# --------------------------------------------------------------------------------------------------
+# Checkpoints.
+
+
+def checkpoint_path(out_dir, method, start, seeds):
+    name = "_".join(["ckpt", *([start] if start else []), str(seeds[0])])
+    return os.path.join(out_dir, method, f"{name}.pt")
+
+
+def save_checkpoint(path, content):
+    write(path, lambda name: torch.save(content | {"version": VERSION}, name))
+
+
+def load_checkpoint(path):
+    """The dictionary in a checkpoint, on the CPU."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as e:
+        fail(f"cannot read {path}: {e.strerror or e}")
+    except Exception as e:  # whatever torch makes of a file that is damaged or not its own
+        if is_out_of_memory(e):
+            fail(f"not enough memory to read {path}")
+        fail(f"{path} is damaged, or no checkpoint: move it away and train again")
+    if not isinstance(checkpoint, dict) or checkpoint.get("version") != VERSION:
+        fail(f"{path} is of another version of this code: train again in another --out_dir")
+    return checkpoint
+
+
+def find_checkpoint(out_dir, method, seed=None):
+    """The checkpoint of a method that holds a seed, by default the smallest there is. Its "weights"
+    are that seed's, with one row for each parameter."""
+    paths = glob.glob(os.path.join(glob.escape(out_dir), method, "ckpt*.pt"))
+    found = {}
+    for path in sorted(paths):
+        checkpoint = load_checkpoint(path)
+        for s in checkpoint["seeds"]:
+            found.setdefault(s, checkpoint)
+    if not found:
+        fail(f"there is no checkpoint of {method} in {out_dir}: train it, or check the path")
+    seed = min(found) if seed is None else seed
+    if seed not in found:
+        fail(f"seed {seed} of {method} is not in {out_dir}; there are {sorted(found)}")
+    checkpoint = found[seed]
+    row = checkpoint["seeds"].index(seed)
+    weights = {k: v[row : row + 1] for k, v in checkpoint["state"]["model"].items()}
+    if not all(torch.isfinite(v).all() for v in weights.values()):
+        fail(f"{method} with seed {seed} in {out_dir} has diverged: its weights are not finite")
+    return checkpoint | {"weights": weights, "seed": seed}
