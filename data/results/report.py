@@ -133,7 +133,8 @@ def table(settings, results, baseline):
             row["solved"] = solved(scores)
         row[f"mean {key}"] = show(interval(units(x)))
         row["SD"] = show([spread(x)[0], math.nan, math.nan])
-        row[f"minus {baseline}"] = show(difference, UNITS[key][1], "+")
+        minus = "-" if method == baseline else show(difference, UNITS[key][1], "+")
+        row[f"minus {baseline}"] = minus
         if key == "accuracy":
             row["nll"] = f"{units(wide(lines, 'nll')[2][method]).mean():.3f}"
         row["gradclip"] = f"{np.mean([line['gradclip'] for line in lines]):.0%}"
@@ -156,22 +157,21 @@ def verdict(settings, results, method="ppots_mirror", others=CLAIM):
     key = score(results)
     _, places, unit = UNITS[key]
     said = []
-    missing = []
     for other in others:
         difference, ratio, size = compare(settings, results, method, other)
         if size:
             apart = ", not told apart" if difference[1] <= 0 <= difference[2] else ""
             line = f"{method} minus {other}: {show(difference, places, '+')} {unit} ({size}){apart}"
             said.append(f"{line}; SD ratio, of {SCALES[key]}: {show(ratio, 2)}")
-        elif other != method:
-            missing.append(other)
+    there = {line["method"] for line in results}
+    missing = [name for name in (method, *others) if name not in there]
     if missing:
-        said.append(f"For {method} minus {', '.join(missing)} add what is missing to --method.")
+        said.append(f"To judge the paper's claim, add {','.join(missing)} to --method.")
     return "\n".join(said)
 
 
 def main(out_dirs, baseline):
-    """--report: print the results in the folders, and draw them. ValueError if a folder has none."""
+    """--report: print the results in the folders, and draw them. ValueError if there are none."""
     from data.results import figures
 
     folders = []
