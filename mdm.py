@@ -1,44 +1,49 @@
 """mdm.py - stable training of masked diffusion language models, in one file.
 
-THE STORY. A masked diffusion model (MDM) learns a sequence x0 by hiding tokens and filling them in.
-Each training step draws a masking rate t between 0 and 1. It hides each of the n response tokens
-with probability t. The hidden tokens are the mask m, and the sequence with holes is xt. The loss
-asks for the hidden tokens only, and divides by the number of tokens it expects to ask for:
+THE STORY. A sequence x0 is a prompt, always visible, and a response of n tokens. A masked diffusion
+model (MDM) learns to fill in the response. Each training step draws a masking rate t between 0 and
+1, and hides each response token with probability t. The hidden tokens are the mask m, and the
+sequence with holes is xt. The loss sums over the hidden tokens, and divides by n t, their expected
+number:
 
     l(x0, t, m) = 1/(n t) * sum_{i in m} -log p(x0_i | xt)                                      (1)
     L           = E_{x0} E_{t ~ U(0,1)} E_m  l(x0, t, m)   >=   -log-likelihood per token       (2)
+
+So (1) is a mean over all n tokens, where a hidden token has the weight 1/t, and a visible one 0.
 
 AN EXAMPLE of four tokens, carried through this file. Every token gets a uniform random number r.
 A token is hidden where r is below t. Say t = 0.5:
 
     r         .1   .8   .4   .6
-    hidden    yes  no   yes  no       tokens 1 and 3 are asked for, each with weight 1/t = 2
+    hidden    yes  no   yes  no       tokens 1 and 3 have the weight 1/t = 2, the others 0
 
-An autoregressive model (ARM) asks for all four tokens in every step, each with weight 1. So an ARM
-meets one kind of luck: the data of a step. An MDM meets three, and the law of total variance takes
-them apart:
+An autoregressive model (ARM) predicts all four tokens in every step, each with weight 1. So an
+ARM's loss has one source of noise: the choice of the data. An MDM's loss has three. The law of
+total variance separates them:
 
-    Var(l) =  E_{x0,t} Var_m (l)            A  masking-pattern noise: which tokens were hidden
-           +  E_{x0} Var_t (E_m l)          B  masking-rate noise:    how many were likely hidden
-           +  Var_{x0} (E_{t,m} l)          C  data noise:            the only noise of an ARM  (3)
+    Var(l) =  E_{x0,t} Var_m (l)            A  masking-pattern noise: the choice of the mask
+           +  E_{x0} Var_t (E_m l)          B  masking-rate noise:    the choice of the rate
+           +  Var_{x0} (E_{t,m} l)          C  data noise:            the choice of the sequence
+                                               (an ARM has only C)                              (3)
 
-Equation (3) holds for the gradient too, with the trace of the covariance in place of the variance.
+The same holds for the gradient, with the trace of the covariance in place of the variance.
 "Bringing Stability to Diffusion" (arXiv 2511.18159, "the paper" from here on) lowers A and B with
-six methods, first of all P-POTS (section 4) and MIRROR (section 5). Section 3 says how much noise
-each method leaves. `python mdm.py` compares this prediction with the exact variance of a small
-model, and explains every number it prints.
+six methods, first of all P-POTS (section 4) and MIRROR (section 5). Section 3 predicts the noise of
+each method. `python mdm.py` compares the prediction with the exact variance of a small model, and
+explains every number it prints.
 
 LETTERS  x0, xt    a sequence, and the same sequence with hidden tokens
          t, q(t)   masking rate, and the density it is drawn from
-         p_mask    the probability to hide a token, written p in short; nearly t (section 2)
-         n, k      tokens in the response, and how many of them are hidden
+         p_mask    the probability of hiding a token, p for short: t, moved off 0 (section 2)
+         n, k      tokens in the response, and hidden ones among them
          u, r      uniform random numbers: u gives the rate, r (one a token) gives the mask
-         H         summed loss of the hidden tokens, so that l = H / (n t)
+         H         summed loss of the hidden tokens, so that l = H / (n p)
          S         models trained side by side, one for each random seed
          B, T, V   sequences in a batch, tokens in a sequence, tokens in the vocabulary
          M         masks of each sequence in one step
-A method is called unbiased if its mean loss is L. OURS marks what is neither in the paper nor,
-to our knowledge, anywhere else.
+         X, Q, N   sequences measured, rates on a grid, masks or samples in a list
+A method is unbiased if its mean loss is L, apart from the small eps of section 2. OURS marks an
+idea found neither in the paper nor, to our knowledge, anywhere else.
 """
 import functools
 import math
@@ -53,15 +58,14 @@ import torch.nn.functional as F
 # --------------------------------------------------------------------------------------------------
 # 1. The model: nanoGPT's transformer, with rotary positions.
 #
-# Every parameter has an axis S in front: row s belongs to random seed s. The rows never mix, so S
-# models train together as one stream of batched matrix products. That is how 32 seeds fit into the
-# time of a few. (torch.func.vmap would do the same, 1.5 times as slowly on a CPU.)
+# Every parameter has a leading axis of size S, with one row for each random seed. Rows never mix.
+# So S models train together, by batched matrix products, and 32 seeds take the time of a few.
 # The model is not told t, because p(x0_i | xt) does not depend on t (RADD, arXiv 2406.03736).
 
 
 @dataclass
 class GPTConfig:
-    vocab_size: int  # tokens the model can predict; the mask token is one more and has this id
+    vocab_size: int  # tokens to predict, ids 0 ... vocab_size - 1; the mask token has id vocab_size
     block_size: int  # prompt + response
     n_layer: int = 2
     n_head: int = 4
@@ -99,9 +103,9 @@ class SeedLayerNorm(nn.Module):
 
 
 def rotate_and_norm(x, cos, sin):
-    """Rotary positions, then QK-norm, for x (..., T, n_head, head size); cos and sin (T, 1, head
-    size). The halves of x hold the coordinates of points. Each point turns by an angle: its first
-    coordinate becomes x1 cos - x2 sin, its second x2 cos + x1 sin. The sign is in sin already."""
+    """Rotary positions, then QK-norm. x (..., T, n_head, head size), cos and sin (T, 1, head size).
+    Entry j of the first half of x and entry j of the second are a point (x1, x2) of a plane. It
+    turns by an angle: (x1 cos - x2 sin, x2 cos + x1 sin). For the first half, sin holds -sin."""
     other = x.roll(x.shape[-1] // 2, dims=-1)
     return F.rms_norm(x * cos + other * sin, x.shape[-1:])
 
@@ -128,7 +132,7 @@ class Block(nn.Module):
         return x.flatten(0, 1).unflatten(-1, (self.n_head, -1))
 
     def forward(self, x, cos, sin, visible, pos):
-        """Every position is attended to, but only the positions pos are computed:
+        """Queries come from the positions pos, keys and values from all T positions:
         (S, B, T, n_embd) -> (S, B, len(pos), n_embd). visible (T, T) bool, or None for all."""
         S, B, T, width = x.shape
         h = self.ln_1(x)
@@ -152,8 +156,8 @@ class GPT(nn.Module):
         V, T, width = config.vocab_size, config.block_size, config.n_embd
         self.config = config
         self.wte = normal_parameter(generators, V + 1, width)  # token embedding, mask token last
-        # Positions are learned AND rotary. Learned positions suit the fixed columns of sums.
-        # Without rotary ones an MDM hardly learns text. Their base is 100, as sequences are short.
+        # Positions are learned AND rotary. Learned ones help on sums, whose columns are fixed.
+        # Rotary ones are needed for text. Their base is only 100, since sequences are short.
         self.wpe = normal_parameter(generators, T, width)
         half = width // config.n_head // 2
         angle = torch.arange(T).view(T, 1, 1) * 100.0 ** -(torch.arange(half) / half)
@@ -167,9 +171,8 @@ class GPT(nn.Module):
         self.head = SeedLinear(generators, width, V)
 
     def forward(self, idx, pos):
-        """idx (S, B, T) token ids, pos (n,) positions -> logits (S, B, n, V) at these positions.
-        Only the response needs logits, so the last block computes the rest of no other position.
-        With two layers this saves a quarter of the work on `123+456=0579`."""
+        """idx (S, B, T) token ids, pos (n,) positions -> logits (S, B, n, V) at the positions.
+        In the last block all other positions give keys and values only: that saves time."""
         S, _, T = idx.shape
         first_row = torch.arange(S, device=idx.device).view(S, 1, 1) * self.wte.shape[1]
         x = F.embedding(idx + first_row, self.wte.flatten(0, 1)) + self.wpe[:, None, :T]
@@ -183,15 +186,15 @@ class GPT(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# 2. The loss. A mask multiplies the loss of all tokens and never selects some of them. So shapes
-# are fixed, and the CPU never waits for the GPU to count the hidden tokens.
+# 2. The loss. We compute the loss of every response token, and multiply it by the mask, 0 or 1. So
+# all shapes are fixed, and the CPU never waits for the GPU to count the hidden tokens.
 
 
 def token_nll(model, x0, pos, mask=None):
     """-log p of each response token in nats, (S, ..., n), for x0 (S, ..., T) and pos (n,).
-    An MDM predicts x0_i from xt, where mask (S, ..., n) bool hides tokens. The values at visible
-    tokens mean nothing, and the loss multiplies them by 0.
-    An ARM predicts x0_i from x0_<i, so it reads the logits one position earlier: pos >= 1."""
+    MDM: x0_i is predicted from xt, where mask (S, ..., n) bool hides tokens. The values at visible
+    tokens have no meaning, and the loss multiplies them by 0.
+    ARM: x0_i is predicted from the tokens before it, so pos starts at 1. mask is ignored."""
     if model.config.causal:
         logits = model(x0[..., :-1].flatten(1, -2), pos - 1)
     else:
@@ -218,60 +221,61 @@ EPS = 1e-3  # the smallest masking probability, as in LLaDA
 def rate_to_p_mask(t, eps=EPS):
     """p_mask = (1 - eps) t + eps, the probability with which a token is really hidden (LLaDA).
 
-    OURS: eps is not cosmetic. At a small t a token is hidden with probability n t, and then costs
-    l = H/(n t). So E[l^2 | t] ~ n t * (H/(n t))^2 = H^2/(n t), and its mean over t ~ U(0,1) grows
-    like log(1/eps), without bound. The price of eps: L is the mean over p_mask in (eps, 1)."""
+    OURS: eps matters. At a small t some token is hidden with probability about n t, and then the
+    loss is l = H/(n t). So E[l^2 | t] is about n t * (H/(n t))^2 = H^2/(n t). Its mean over t grows
+    like log(1/eps), without bound. In exchange, L is now a mean over p_mask in (eps, 1)."""
     return (1 - eps) * t + eps
 
 
 # --------------------------------------------------------------------------------------------------
 # 3. The law: what a masking method costs, in ARMs. OURS.
 #
-# In one step, token i has the total weight W_i: the mean over the step's masks of its weight where
-# it is hidden, and of 0 where it is visible. In the example W = 2 0 2 0. An ARM has W = 1 1 1 1.
-# An unbiased method has the mean E[W_i] = 1. The spread around 1 is noise. If the gradients of
-# different tokens are uncorrelated and equally strong, the gradient's variance is proportional to
+# A mask gives token i a weight: 0 if visible, and for example 1/p if hidden. W_i is this weight,
+# averaged over the masks of a step. In the example W = 2 0 2 0. An ARM has W = 1 1 1 1.
+# An unbiased method has E[W_i] = 1. The spread of W_i around 1 is noise. Suppose the gradients of
+# the tokens are uncorrelated, equally strong, and nearly 0 in the mean. Then the variance of a
+# step's gradient is proportional to
 #
-#     E[W_i^2],    which is 1 for an ARM, and 2 in the example: (4 + 0 + 4 + 0) / 4.
+#     E[W_i^2],    which is 1 for an ARM. In the example the tokens' mean is (4+0+4+0)/4 = 2.
 #
-# So a method is one number: it is as noisy as a batch of an ARM split into E[W^2] parts. No model
-# and no data are needed to work it out. For example, plain training hides token i with probability
-# p and weight 1/p. So E[W^2 | p] = p (1/p)^2 = 1/p, and its mean over p in (eps, 1) is ln(1/eps).
+# So one number describes a method, "noise in ARMs". If it is 4, a step is as noisy as a step of an
+# ARM with a quarter of the batch. Working it out takes no model and no data. For example, plain
+# training hides token i with probability p, and then has the weight 1/p. So E[W^2 | p] is
+# p (1/p)^2 = 1/p, and the mean of 1/p over p in (eps, 1) is ln(1/eps).
 #
-#                                        E[W^2]                            n = 4     13     64
-#     ARM                                1                                     1      1      1
-#     plain                              ln(1/eps)                           6.9    6.9    6.9
-#     P-POTS (section 4)                 by quadrature                       3.9    4.4    5.3
-#     MIRROR (section 5), two passes     ln(1/eps)/2 + ln 2 - 1/2            3.6    3.6    3.6
-#     two independent masks              ln(1/eps)/2 + 1/2                   4.0    4.0    4.0
-#     exact counts (section 7)           1 + 1/2 + ... + 1/n                 2.1    3.2    4.7
-#     P(k) ~ 1/sqrt(k) (section 7)       (sum_k k^-1/2)^2 / n                1.9    2.7    3.3
-#     clipped rates (section 6), biased  ln(.8/.3) / .5                      2.0    2.0    2.0
+#     noise, in ARMs                     formula                          n = 4   n = 13   n = 64
+#     ARM                                1                                 1        1        1
+#     plain                              ln(1/eps)                         6.91     6.91     6.91
+#     P-POTS (section 4)                 (if all tokens' losses are equal) 3.94     4.38     5.26
+#     MIRROR (section 5), two passes     ln(1/eps)/2 + ln 2 - 1/2          3.65     3.65     3.65
+#     two independent masks              ln(1/eps)/2 + 1/2                 3.95     3.95     3.95
+#     clipped rates (section 6), biased  ln(.8/.3) / .5                    1.96     1.96     1.96
+#     exact counts (section 7)           1 + 1/2 + ... + 1/n               2.08     3.18     4.74
+#     P(k) ~ 1/sqrt(k) (section 7)       (sum_k k^-1/2)^2 / n              1.94     2.67     3.33
 #
-# Three limits. The unit is a step in which every token has weight 1 and an MDM's gradients; a
-# trained ARM at its own weights has other gradients. The law leaves out everything the tokens have
-# in common, for example B, and an untrained model whose tokens all ask for the same change. And
-# tokens are not equally strong: the more of them are hidden, the larger is the gradient of each.
+# The law has three limits. Its "ARM" has the gradients of an MDM, with all weights 1; a trained ARM
+# has other gradients. It ignores everything the tokens have in common, such as noise B. And tokens
+# are not equally strong: the more of them are hidden, the larger is the gradient of each.
 
 
 # --------------------------------------------------------------------------------------------------
-# 4. P-POTS, the Pareto-optimal t-sampler: visit the noisy rates more often, and weigh them down.
+# 4. P-POTS, the Pareto-optimal t-sampler: draw noisy rates more often, with a smaller weight.
 #
 # Draw t from a density q(t) and multiply the loss by 1/q(t). The mean stays the same. The variance
 # is int E[l^2 | t] / q(t) dt - L^2, and by Cauchy-Schwarz it is smallest for
 #
 #     q(t)  ~  sqrt( E[l^2 | t] )                                                                (4)
 #
-# (The paper writes E[l^2 | t] as mean^2 + variance.) P-POTS attacks A + B, the sum: B alone may
-# grow. It is unbiased, and costs one pass and a pilot, a few forward passes now and then.
-# Note the variance it minimises: the loss's, not the gradient's.
+# (The paper writes E[l^2 | t] as mean^2 + variance.) P-POTS lowers the sum A + B, though B alone
+# may grow. It is unbiased. It costs one pass and, now and then, a pilot: a few forward passes to
+# measure the loss. What it minimises is the variance of the loss, not of the gradient.
 #
-# OURS: the pilot needs no grid of rates. Given the number k of hidden tokens, t says nothing more
-# about the mask. So the pilot measures H by count, and the binomial law of k gives the curve (4):
+# OURS: no grid of rates is needed. Once k, the number of hidden tokens, is known, t tells nothing
+# more about the mask. So the pilot measures E[H^2 | k]. At a given rate k is binomial:
 #
 #     E[l^2 | t]  =  sum_k Bin(k; n, p) E[H^2 | k] / (n p)^2                                     (5)
 
-N_COUNTS = 16  # numbers of hidden tokens that a pilot tries, at most n
+N_COUNTS = 16  # train.py's pilots try so many k, or all of them if n is smaller
 
 
 def ranks(r):
@@ -281,9 +285,9 @@ def ranks(r):
 
 
 def pilot_masks(r, response=None):
-    """The masks of a pilot, from r (..., X, n_counts, n) uniform. Each of X sequences gets n_counts
-    masks, with growing numbers of hidden tokens from 1 to n. response (X, n) bool is as in
-    draw_masks. Returns counts, (n_counts,) or (X, n_counts), and mask (..., X, n_counts, n)."""
+    """Masks for a pilot: n_counts masks for each of X sequences, with 1 to n hidden tokens.
+    r (..., X, n_counts, n) is uniform, and response (X, n) bool is as in draw_masks. Returns
+    counts, (n_counts,) or with response (X, n_counts), and mask (..., X, n_counts, n) bool."""
     share = torch.linspace(0, 1, r.shape[-2], device=r.device)
     if response is None:
         counts = 1 + (share * (r.shape[-1] - 1)).round().long()
@@ -304,24 +308,21 @@ def pilot(model, x0, pos, r):
 
 
 def second_moment(counts, H, t, n, eps=EPS):
-    """Equation (5): E[l^2 | t] at the rates t (Q,), as (..., Q) float64 on the CPU, from counts
-    (n_counts,), H (..., X, n_counts) and a number n. If sequences differ in length, counts are
-    (X, n_counts) and n is (X,). Then it is the mean of their curves, and the loss of a hidden token
-    is taken to depend on the share k/n of hidden tokens."""
+    """Equation (5): E[l^2 | t] at the rates t (Q,), as (..., Q) float64 on the CPU, from a pilot's
+    counts (n_counts,), H (..., X, n_counts) and n. If responses differ in length, counts are
+    (X, n_counts) and n is (X,). Then the curve is that of the median n, and the loss of a hidden
+    token is taken to depend on the share k/n. (A rough curve is no bias, only less of a gain.)"""
     counts = counts.cpu().double()
-    n = torch.as_tensor(n).cpu().view(-1)
-    mean_square = (H.cpu().double() / counts).square().mean(-2)  # per hidden token, (..., n_counts)
-    share = (counts / n[:, None]).mean(0)
+    lengths = torch.as_tensor(n).cpu().double().view(-1)
+    n = int(lengths.median())
+    share = (counts / lengths[:, None]).mean(0)  # of hidden tokens, (n_counts,)
+    mean_square = (H.cpu().double() / counts).square().mean(-2)  # of a hidden token's loss
+    k = torch.arange(1, n + 1).double()
+    every_k = np.apply_along_axis(lambda y: np.interp(k / n, share, y), -1, mean_square.numpy())
     p = rate_to_p_mask(t.cpu().double(), eps)[:, None]
-    curve = 0.0
-    for length, times in zip(*n.unique(return_counts=True)):
-        k = torch.arange(1, length + 1).double()
-        # Linear interpolation from the counts tried to all k, written as a matrix.
-        hats = [np.interp(k / length, share, unit) for unit in np.eye(len(share))]
-        interpolated = mean_square @ torch.tensor(np.array(hats))  # (..., length)
-        binomial = torch.distributions.Binomial(length, p).log_prob(k).exp()  # (Q, length)
-        l_over_h = k / (length * p)  # l = H / (n p), and H is k times the loss of a token
-        curve = curve + times / len(n) * interpolated @ (binomial * l_over_h.square()).T
+    binomial = torch.distributions.Binomial(n, p).log_prob(k).exp()  # (Q, n)
+    weight = k / (n * p)  # l is weight times the mean loss of the hidden tokens
+    curve = torch.tensor(every_k) @ (binomial * weight.square()).T
     return curve.clamp(min=1e-60)  # a perfect model has H = 0, and a density must not vanish
 
 
@@ -337,12 +338,12 @@ def epr(theta, t):
     return 0.5 * torch.log(v + g.square())
 
 
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # fitting needs gradients, whatever mode the caller is in
 @torch.enable_grad()
 def fit_epr(t, curve, n_starts=20, n_steps=200):
     """Fit EPR to a curve (..., Q) at t (Q,): the theta (..., 6) with the least KL(curve || q).
-    The best of n_starts random starts counts, as in the paper. The paper uses L-BFGS. Adam treats
-    each curve and each start separately, so that seeds do not affect each other."""
+    As in the paper, we keep the best of n_starts random starts. The paper uses L-BFGS. Adam treats
+    every curve and every start separately, so seeds do not affect each other."""
     target = (curve / curve.sum(-1, keepdim=True)).clone().unsqueeze(-2)
     theta = 2 * torch.randn(n_starts, 6, generator=torch.Generator().manual_seed(0)).to(target)
     theta = theta.expand(*curve.shape[:-1], -1, -1).clone().requires_grad_()
@@ -357,9 +358,9 @@ def fit_epr(t, curve, n_starts=20, n_steps=200):
     return theta.detach().gather(-2, best).squeeze(-2)
 
 
-# A density is kept as a table of N_CELLS probabilities. The cells have equal width in sqrt(t), and
-# within a cell sqrt(t) is uniform. So the weight 1/q(t) belongs to the density really drawn from,
-# and near t = 0 this density goes like t^(-1/2), as (4) does.
+# We keep q as a table: the probability of each of N_CELLS cells. Cells have equal width in sqrt(t),
+# and sqrt(t) is uniform inside a cell, so that q goes like t^(-1/2) near 0, as (4) does. We draw
+# from the table itself. Therefore the weight 1/q(t) is exact, however rough the fit.
 N_CELLS = 128
 CELLS = ((torch.arange(N_CELLS).double() + 0.5) / N_CELLS).square()  # t at the middle of each cell
 
@@ -377,25 +378,25 @@ def ppots_table(counts, H, n, fit="epr", eps=EPS):
         theta = fit_epr(t, second_moment(counts, H, t, n, eps).sqrt())
         density = epr(theta, CELLS).softmax(-1)  # exp() alone could overflow
     mass = density * CELLS.sqrt()  # a cell is 2 sqrt(t) / N_CELLS wide in t
-    mass = mass.clamp(min=1e-3 * mass.amax(-1, keepdim=True))  # a rate never drawn is a bias
+    mass = mass.clamp(min=1e-3 * mass.amax(-1, keepdim=True))  # every rate must be possible
     mass = mass / mass.sum(-1, keepdim=True)
     return mass.to(H.device, torch.promote_types(H.dtype, torch.float32))
 
 
 def ppots_sample(u, table):
     """Invert the CDF: u (..., B) in (0,1] and table (..., N_CELLS) -> t and its weight 1/q(t)."""
+    table = table.expand(*u.shape[:-1], -1)
     cdf = table.cumsum(-1)
     cell = torch.searchsorted(cdf, u.contiguous()).clamp(max=N_CELLS - 1)
-    if table.dim() == 1:
-        mass, right = table[cell], cdf[cell]
-    else:
-        mass, right = table.gather(-1, cell), cdf.gather(-1, cell)
+    mass = table.gather(-1, cell)
+    right = cdf.gather(-1, cell)  # the CDF at the right end of the cell
     sqrt_t = (cell + 1 - ((right - u) / mass).clamp(0, 1)) / N_CELLS
     return sqrt_t.square(), 2 * sqrt_t / (mass * N_CELLS)
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. MIRROR: two masks as different as they can be. It attacks A; TWO passes; unbiased.
+# 5. MIRROR: two masks as different as they can be. It lowers noise A, takes TWO passes, and is
+# unbiased.
 
 
 def mirror(r):
@@ -403,12 +404,12 @@ def mirror(r):
 
     In the example r = .1 .8 .4 .6 hides tokens 1 and 3 at t = .5. The mirror image 1 - r is
     .9 .2 .6 .4, and hides tokens 2 and 4. Together they ask for every token once, as an ARM does:
-    W = 1 1 1 1. For t <= 1/2 no token is hidden twice, for t >= 1/2 no token is hidden never.
+    W = 1 1 1 1. For t <= 1/2 each token is hidden at most once, for t >= 1/2 at least once.
 
-    Each mask alone is an ordinary mask, so the mean of the two losses stays unbiased. A becomes
-    A/2 * (1 + rho), where rho is the correlation of the two losses given x0 and t. It is at most 0
-    if hiding one more token never lowers H. Fair controls cost two passes as well: two independent
-    masks (multi2), twice the batch (batch2), twice the steps (steps2)."""
+    Each mask alone is an ordinary mask, so the mean of the two losses is unbiased. A becomes
+    A/2 * (1 + rho), where rho is the correlation of the two losses given x0 and t. rho is at most 0
+    if hiding one more token never lowers H. Fair controls do twice the work as well (section 8):
+    two independent masks (multi2), twice the batch (batch2), twice the steps (steps2)."""
     return torch.cat([r, 1 - r])
 
 
@@ -417,10 +418,10 @@ def mirror(r):
 
 
 def stratify(u):
-    """StraTS: u (..., B) uniform -> (..., B), equally many in each of about sqrt(B) strata of
-    (0,1]. It attacks B; one pass; unbiased. The law stays at plain's 6.9, since the law knows no B.
-    A batch comes in random order, so it does not matter which sequence gets which stratum.
-    (The paper takes sqrt(B) strata; the largest divisor of B up to that fills them equally.)"""
+    """StraTS: cut (0,1] into equal strata, and draw equally many u (..., B) in each. It lowers
+    noise B, and is unbiased. Sequences come in random order, so it does not matter which of them
+    gets which stratum. The paper takes sqrt(B) strata; we take the largest divisor of B up to that.
+    """
     B = u.shape[-1]
     strata = n_strata(B)
     return (torch.arange(B, device=u.device) % strata + u) / strata
@@ -432,19 +433,15 @@ def n_strata(batch_size):
 
 def isad(p, is_rare, delta=0.2):
     """ISAD: hide rare tokens with the probability min(p + delta, 1), and weigh them accordingly.
-    p (..., B, 1), is_rare (..., B, n) bool -> (..., B, n). It attacks A on rare tokens; one pass.
-    BIASED (OURS to note): every token is now predicted from a context with fewer rare tokens."""
+    p (..., B, 1), is_rare (..., B, n) bool -> (..., B, n). It lowers noise A of rare tokens.
+    BIASED, a remark of OURS: every token is now predicted from a context with fewer rare tokens."""
     return torch.where(is_rare, (p + delta).clamp(max=1), p)
 
 
-# SyRM lets symbols of the prompt be hidden and asked for, too: another objective, so it is BIASED.
-# train.py adds their positions to pos, and nothing else changes.
-
-
 def ema_baseline(loss, u, ema, step=0.01):
-    """EMA: take from each loss a running mean of losses at similar rates, and add the mean back.
-    loss, u (S, B) and ema (S, bins) -> a steadier loss (S, B), and the new ema. The running mean
-    has no gradient, so the GRADIENT is the same to the bit: EMA trains like plain training."""
+    """EMA: subtract from each loss the running mean at similar rates, and add the mean over all
+    rates. loss, u (S, B) and ema (S, bins) -> a steadier loss (S, B), and the new ema. The running
+    mean has no gradient, so the GRADIENT is the same to the bit: EMA trains like plain training."""
     bins = ema.shape[-1]
     bin_of = ((u * bins).ceil().long() - 1).clamp(0, bins - 1)
     steady = loss - ema.gather(-1, bin_of) + ema.mean(-1, keepdim=True)
@@ -455,28 +452,29 @@ def ema_baseline(loss, u, ema, step=0.01):
 
 
 def clipped(u, low=0.3, high=0.8):
-    """Clipped rates: t ~ U[low, high] (Arriola, arXiv 2503.09573). No rate is small, so no weight
-    is large: 2.0 ARMs. One pass; BIASED, since the bound (2) needs all rates."""
+    """Clipped rates: t ~ U[low, high] (Arriola, arXiv 2503.09573), the paper's baseline. No rate
+    is small, so no weight is large. It lowers noise A. BIASED: the bound (2) needs all rates."""
     return low + (high - low) * u
 
 
 # --------------------------------------------------------------------------------------------------
 # 7. By count: hide exactly k tokens.
 #
-# At t = .3 the example hides token 1 only: k = 1. Plain training divides by n t = 1.2. The ratio
-# k/(n t) is pure noise, since the loss depends on the mask alone. The best weight for a mask is its
-# mean given k, and the mean is simple: n/k times (n + 1)/n. The last factor pays for empty masks
-# (t = .05 hides nothing). Never draw an empty mask, and the weight is n/k: here 4, the ARM's sum.
+# At t = .3 the example hides token 1 only: k = 1. Plain training divides H by n t = 1.2. But H
+# depends on the mask alone, so the factor 1/(n t) only adds noise. The best weight of a mask is the
+# mean of 1/t given k: (n + 1)/k. One draw in n + 1 hides nothing, as t = .05 does here, and this
+# weight compensates for it. If we never draw an empty mask, the weight is n/k. Then the weights of
+# a step always have the sum n, as an ARM's do: here 4 0 0 0.
 #
-# So a one-mask method is a law P(k) on k = 1 ... n. It hides k random tokens with the weight
-# 1/(k P(k)), and is unbiased for every law, without eps:
+# So a by-count method draws k from a law P(k) on 1 ... n, and hides k random tokens, each with the
+# weight 1/(k P(k)). For every P(k) > 0 it is exactly unbiased, and it needs no eps:
 #
-#     exactk          P(k) = 1/n              (RADD, arXiv 2406.03736; LLaDA's evaluation)
-#     sqrtk           P(k) ~ 1/sqrt(k)        OURS: it minimises E[W^2] = 1/n sum_k 1/(k P(k))
-#     ppots_exactk    P(k) = int q(t) Bin(k; n, t) dt, the counts that P-POTS would hide. OURS
-#     clipped_exactk  P(k) = the same for t ~ U[.3, .8]; its bias is that of clipped rates. OURS
+#     exactk          P(k) = 1/n            (RADD, arXiv 2406.03736; LLaDA's evaluation)
+#     sqrtk           P(k) ~ 1/sqrt(k)      OURS: the least E[W^2] = 1/n sum_k 1/(k P(k)) there is
+#     ppots_exactk    P(k) = int q(t) Bin(k; n, t) dt, the counts P-POTS would hide. OURS
 #
-# sqrtk tends to 4 ARMs for long responses, and no unbiased one-mask method stays below.
+# sqrtk has the least noise of all unbiased one-mask methods. It rises to 4 ARMs as n grows. The
+# biased clipped_exactk (OURS) draws the counts of clipped rates, and keeps their bias.
 
 
 def binomial_law(n, t, k):
@@ -490,7 +488,7 @@ def count_law(words, n, n_max, table=None):
     each k, both (..., B or 1, n_max), in n's dtype. For ppots a table (..., N_CELLS)."""
     k = torch.arange(1, n_max + 1).to(n)
     n = n[..., None]
-    # A mask's weight is int Bin(k; n, t) / t dt over P(k). Over all rates the integral is 1/k.
+    # weight(k) = integral(k) / P(k), where integral(k) = int Bin(k; n, t) / t dt = 1/k.
     integral = 1 / k
     if "sqrtk" in words:
         chance = k**-0.5
@@ -526,7 +524,7 @@ def draw_count(u, n, chance, weight):
 MASKING = {  # words that change the masks or their weights
     "ppots": "t from the density of least variance, measured by a pilot",
     "clipped": "t ~ U[0.3, 0.8]; BIASED",
-    "exactk": "exactly k ~ U{1..n} hidden tokens; with ppots or clipped their law of k",
+    "exactk": "exactly k hidden tokens, k uniform; after ppots or clipped, k as these hide",
     "sqrtk": "exactly k hidden tokens, P(k) ~ 1/sqrt(k)",
     "isad": "rare tokens hidden more often; BIASED",
     "strats": "stratified rates over the batch",
@@ -540,13 +538,14 @@ TRAINING = {  # words that change the training loop, so train.py does them
     "batch2": "a control: twice the batch; two passes",
     "steps2": "a control: twice the steps; two passes",
 }
+BY_COUNT = {"exactk", "sqrtk"}
 CONFLICTS = ["ppots clipped", "ppots sqrtk", "exactk sqrtk", "clipped sqrtk", "exactk isad",
              "sqrtk isad", "batch2 steps2"]  # fmt: skip
 
 
 def parse_method(name):
     """A method's words: "ppots_mirror" -> frozenset({"ppots", "mirror"}), "mdm" -> frozenset().
-    A set of words stays as it is. Raises ValueError for a name that makes no sense."""
+    (Some write pposts.) A set of words stays as it is. Raises ValueError for any other name."""
     if not isinstance(name, str):
         return frozenset(name)
     words = name.strip().lower().replace("pposts", "ppots").split("_")
@@ -571,8 +570,7 @@ def method_name(words):
 
 
 class Work(NamedTuple):
-    """How much more than plain training a method does: masks per sequence, times the batch size,
-    times the steps, and all in all times the forward and backward passes."""
+    """The work of a method in multiples of plain training's: masks, batch size, steps, passes."""
 
     masks: int
     batch: int
@@ -591,9 +589,9 @@ def work(words):
 
 
 def draw_rates(words, u, n, n_max, table=None, eps=EPS):
-    """u (..., B) in (0,1] -> p_mask and the weight of a hidden token, both (..., B). By count,
-    p_mask is k/n. n (..., B or 1) tokens in the responses, n_max at most."""
-    if words & {"exactk", "sqrtk"}:
+    """u (..., B) in (0,1] -> p_mask and the weight of a hidden token, both (..., B). By-count
+    methods have p_mask = k/n. n (..., B or 1) is the length of the responses, n_max the largest."""
+    if words & BY_COUNT:
         k, weight = draw_count(u, n, *count_law(words, n, n_max, table))
         return k / n, weight
     if "ppots" in words:
@@ -624,8 +622,7 @@ def draw_masks(method, u, r, table=None, eps=EPS, is_rare=None, response=None):
     n = u.new_full((1,), n_max)
     if response is not None:
         n = response.sum(-1).clamp(min=1).to(u)
-        r = r.masked_fill(~response, 2.0)  # other tokens rank last
-
+        r = r.masked_fill(~response, 2.0)  # all other tokens get the last ranks
     if "strats" in words:
         u = stratify(u)
     p, weight = draw_rates(words, u, n, n_max, table, eps)
@@ -634,8 +631,8 @@ def draw_masks(method, u, r, table=None, eps=EPS, is_rare=None, response=None):
         importance = weight * p
         p = isad(p, is_rare)
         weight = importance / p
-    if words & {"exactk", "sqrtk"}:
-        r = (ranks(r) + 0.5) / n  # exactly k of these are below k/n
+    if words & BY_COUNT:
+        r = (ranks(r) + 0.5) / n  # exactly k of the new r are below p = k/n
     if "multi2" not in words:
         r = r[None]
     if "mirror" in words:
@@ -647,7 +644,7 @@ def draw_masks(method, u, r, table=None, eps=EPS, is_rare=None, response=None):
 
 
 def check_arguments(words, u, r, table, is_rare):
-    """Raise ValueError, in one line, if draw_masks cannot do what is asked of it."""
+    """Raise a ValueError of one line if an argument of draw_masks is missing or wrong."""
     other = words - MASKING.keys()
     if other:
         raise ValueError(f"draw_masks does not know {' '.join(other)}: a training loop does")
@@ -670,9 +667,9 @@ def method_loss(model, x0, pos, mask, weight):
 
 
 def cost_in_arms(method, n, table=None, eps=EPS, n_rates=256):
-    """The law's number E[W_i^2] for a response of n tokens, from draw_masks itself. Not for isad.
-    u takes many values in each of n_rates cells, narrow where 1/p is steep. r takes equally spaced
-    values in random order, so that even the rare small r, which matter most, count right."""
+    """Section 3's number E[W_i^2] for n response tokens, from draw_masks itself. Not for isad.
+    The integral over u has n_rates cells, narrow where 1/p is steep, and many random u in each. The
+    r of a cell are equally spaced, in random order, so that the rare small r count right."""
     draw = torch.Generator().manual_seed(0)
     words = parse_method(method) - {"strats"}  # strata change B, and the law knows no B
     edges = torch.linspace(0, 1, n_rates + 1).double() ** 4
@@ -694,19 +691,23 @@ def cost_in_arms(method, n, table=None, eps=EPS, n_rates=256):
 # --------------------------------------------------------------------------------------------------
 # 9. The variance, measured: equation (3) for the gradient of a given model, exactly.
 #
-# For short responses one can list all N = 2^n masks. Let V_m be the gradient of H under mask m.
-# A step's gradient is a sum of V_m with coefficients c_m: weight/n for a mask that was drawn, and 0
-# for all others. (With M masks a step, divide by M.) So its mean square is a sum over pairs,
+# A short response has only N = 2^n masks, so we list them all. Let G_m be the gradient of H under
+# mask m. The gradient of a step is a sum of c_m G_m. If mask m was drawn, c_m is weight/n, else 0.
+# (With M masks a step, c_m is their mean.) The mean square is a sum over pairs of masks,
 #
-#     E |grad l|^2  =  sum_{m, m'} E[c_m c_m'] K_mm',    K_mm' = E_{x0} <V_m, V_m'>.
+#     E |grad l|^2  =  sum_{m, m'} E[c_m c_m'] K_mm',    K_mm' = E_{x0} <G_m, G_m'>.
 #
-# A, B and C ask how much two steps have in common. The same step twice gives E[c c']. Two steps
-# with the same rate give E_t[E[c|t] E[c'|t]]. Two steps with the same data only give E[c] E[c'].
+# A, B and C are differences of such sums, for two steps with more and more in common:
+#
+#     nothing               E[c] E[c']             with K_mean: products of G's mean over x0
+#     the data              E[c] E[c']             with K; minus the line above: C
+#     data and rate         E_t[E[c|t] E[c'|t]]    with K; minus the line above: B
+#     everything            E[c c']                with K; minus the line above: A
 
 
 def sample_gradients(model, x0, pos, mask, weight):
-    """Loss (N,) and gradient (N, P) of each of N samples x0 (N, T), mask and weight (N, n), at
-    the first seed. The seed axis does the work: N copies of the model get one sample each."""
+    """Loss (N,) and gradient (N, n_params) of each of N samples x0 (N, T), mask and weight (N, n).
+    The model's first seed is copied N times along the seed axis, and each copy gets one sample."""
     copies = {}
     for name, p in model.named_parameters():
         copies[name] = p[:1].detach().repeat_interleave(len(x0), 0).requires_grad_()
@@ -728,8 +729,8 @@ def all_masks(n):
 
 
 def grams(model, x0, pos):
-    """K (N, N) float64 as above, with the gradient for V, and K_mean: the same for the mean of V
-    over x0 (X, T), which counts as the whole data set. An ARM has N = 1, and V is its gradient."""
+    """K and K_mean, both (N, N) float64, for x0 (X, T), which counts as the whole data set.
+    An ARM has N = 1: the gradient of its loss."""
     n = len(pos)
     masks = all_masks(n).to(x0.device)
     weight = float(n)  # so that the loss is H
@@ -737,19 +738,19 @@ def grams(model, x0, pos):
         masks = masks[-1:]
         weight = 1.0
     K = 0.0
-    V_mean = 0.0
+    G_mean = 0.0
     for x in x0:
         weights = torch.full(masks.shape, weight, device=x0.device)
-        _, V = sample_gradients(model, x.expand(len(masks), -1), pos, masks, weights)
-        V = V.cpu().double()
-        K = K + V @ V.T / len(x0)
-        V_mean = V_mean + V / len(x0)
-    return K, V_mean @ V_mean.T
+        _, G = sample_gradients(model, x.expand(len(masks), -1), pos, masks, weights)
+        G = G.cpu().double()
+        K = K + G @ G.T / len(x0)
+        G_mean = G_mean + G / len(x0)
+    return K, G_mean @ G_mean.T
 
 
 def mask_laws(words, p, n):
     """At the rate p: P(m) (N,) of one mask, and P(m, m') (N, N) of a mask and its mirror image."""
-    if words & {"exactk", "sqrtk"}:
+    if words & BY_COUNT:
         k = round(n * p)
         masks = all_masks(n).double()
         one = (masks.sum(1) == k).double()
@@ -764,19 +765,19 @@ def mask_laws(words, p, n):
     return functools.reduce(torch.kron, [one] * n), functools.reduce(torch.kron, [pair] * n)
 
 
-def exact_variance(method, grams, n, table=None, eps=EPS, n_rates=400):
-    """{"A", "B", "C", "total"} per sequence of the gradient (or of the loss, if K holds products of
-    H), for a table (N_CELLS,). Not for isad, nor for strats, which takes off B at most.
-    The integral over u is a midpoint rule, with edges wherever a law has some."""
+def exact_variance(method, K_pair, n, table=None, eps=EPS, n_rates=400):
+    """{"A", "B", "C", "total"} per sequence of the gradient, from a pair of grams(). (Of the loss,
+    if these hold products of H.) table (N_CELLS,). Not for isad, nor for strats, which lowers B.
+    The integral over u is a midpoint rule, whose cells end where p or k jumps."""
     words = parse_method(method)
-    K, K_mean = grams
+    K, K_mean = K_pair
     if "arm" in words:
         C = (K - K_mean).item()
         return {"A": 0.0, "B": 0.0, "C": C, "total": C}
     masks = work(words).masks
     mirrors = 1 if "mirror" in words else 0
     length = torch.tensor([float(n)]).double()
-    if words & {"exactk", "sqrtk"}:
+    if words & BY_COUNT:
         edges = [count_law(words, length, n, table)[0][0].cumsum(-1)]
     else:
         edges = [torch.linspace(0, 1, n_rates + 1).double() ** 4]  # narrow where 1/p is steep
@@ -792,7 +793,7 @@ def exact_variance(method, grams, n, table=None, eps=EPS, n_rates=400):
     for du, p_i, w_i in zip(edges.diff(), p.tolist(), weight / n):
         one, mirrored = mask_laws(words, p_i, n)
         independent = torch.outer(one, one)
-        others = mirrors * mirrored + (masks - 1 - mirrors) * independent
+        others = mirrors * mirrored + (masks - 1 - mirrors) * independent  # besides mask m itself
         same_step += du * w_i**2 * (torch.diag(one) + others) / masks
         same_rate += du * w_i**2 * independent
         mean += du * w_i * one
@@ -853,13 +854,13 @@ How noisy is the gradient of this model? Each line is a method.
   law        the noise predicted by section 3, in ARMs
   predicted  the same, as a share of plain training's (mdm)
   measured   the exact variance of the gradient over 16 sequences, all rates and all 16 masks, as a
-             share of plain training's; then its parts: A, which tokens; B, how many; C, which data
+             share of plain training's; then its parts A (pattern), B (rate) and C (data)
 
-method      passes         law   predicted    measured           A           B           C"""
+method       passes         law   predicted    measured           A           B           C"""
 DEMO_END = """
 Most of plain training's noise is A, and the law predicts the order of the methods without a model.
 P-POTS lowers A and pays with some B. Hiding exactly k tokens (exactk, sqrtk) needs one pass, and
-leaves less noise than MIRROR does with two. No method lowers C, the noise of the data."""
+leaves less noise than MIRROR does with two. No unbiased method lowers C, the noise of the data."""
 
 
 def demo():

@@ -62,7 +62,7 @@ def refused(capsys, *flags, main=train.main, common=SUMS):
 
 
 def not_sampled(capsys, *flags):
-    return refused(capsys, *flags, main=sample.main, common=[*ASK, "--prompt=12+34="])
+    return refused(capsys, *flags, main=sample.main, common=ASK)
 
 
 def read_lines(path):
@@ -77,11 +77,6 @@ def results(out_dir):
     found = {(line["method"], line["start"], line["seed"]): line for line in lines}
     assert len(found) == len(lines)
     return found
-
-
-def edit_checkpoint(path, **changes):
-    content = torch.load(path, weights_only=True)
-    torch.save(content | {"state": content["state"] | changes}, path)
 
 
 # ---- What a run writes
@@ -421,7 +416,8 @@ def test_a_checkpoint_that_cannot_be_used(capsys, monkeypatch):
     path = Path("o/mdm/ckpt_1.pt")
     good = torch.load(path, weights_only=True)
     mine = good | {"a class that is not torch's": Path("x")}
-    for content in (path.read_bytes()[:1000], b"", b"soup", {"step": 3}, good | {"version": 1}, mine):
+    cut = path.read_bytes()[:1000]
+    for content in (cut, b"", b"soup", {"step": 3}, good | {"version": 1}, mine):
         if isinstance(content, bytes):
             path.write_bytes(content)
         else:
@@ -436,10 +432,12 @@ def test_a_checkpoint_that_cannot_be_used(capsys, monkeypatch):
 def test_a_diverged_model_is_neither_sampled_nor_started_from(change, capsys):
     """One that was given up, with weights that are finite, and one whose weights are not."""
     run()
-    weights = {name: value * torch.inf for name, value in
-               torch.load("o/mdm/ckpt_1.pt", weights_only=True)["state"]["model"].items()}  # fmt: skip
-    new = {"diverged": torch.tensor([3.0]), "model": weights}[change]
-    edit_checkpoint("o/mdm/ckpt_1.pt", **{change: new})
+    content = torch.load("o/mdm/ckpt_1.pt", weights_only=True)
+    if change == "diverged":
+        content["state"]["diverged"][0] = 3
+    else:
+        content["state"]["model"]["wte"][0, 0, 0] = torch.inf
+    torch.save(content, "o/mdm/ckpt_1.pt")
     assert "diverged" in not_sampled(capsys)
     assert "diverged" in refused(capsys, "--init_from=o", "--out_dir=f")
 
