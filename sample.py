@@ -61,10 +61,7 @@ def load_model(out_dir, method, seed=None, device="cpu"):
     """One seed's model, with S = 1: (model, its vocabulary, its data set's name)."""
     saved = runs.find_checkpoint(out_dir, method, seed)
     vocabulary = Vocabulary(**saved["vocabulary"])
-    T = saved["weights"]["wpe"].shape[1]
-    causal = "arm" in mdm.parse_method(method.split()[0])
-    shape = [saved[name] for name in ("n_layer", "n_head", "n_embd")]
-    model = mdm.GPT(mdm.GPTConfig(len(vocabulary), T, *shape, causal), [torch.Generator()])
+    model = mdm.GPT(mdm.GPTConfig(**saved["config"]), [torch.Generator()])
     model.load_state_dict(saved["weights"])
     return model.to(device), vocabulary, saved["dataset"]
 
@@ -77,30 +74,34 @@ def encode(vocabulary, prompt, mask_char):
             ids += [len(vocabulary), *vocabulary.encode(part)]
     except ValueError as e:
         fail(f"prompt '{prompt}': {e}")
-    return ids[1:]
+    return ids[1:]  # a mask token between any two parts, but none before the first
 
 
 def arithmetic_row(data, ids, prompt):
-    """T token ids, where the missing rest of the response is masked."""
+    """Complete the token ids to a whole sequence: the rest of the response is masked."""
     T = data.test.shape[1]
     mask_id = len(data.vocabulary)
     if not data.prompt_len <= len(ids) <= T or mask_id in ids[: data.prompt_len]:
         example = data.decode(data.test[0, : data.prompt_len])
-        fail(f"prompt '{prompt}' is not like {example}, or that with a part of the answer")
+        fail(f"--prompt={prompt} must look like {example}, perhaps with a part of the answer")
     return ids + [mask_id] * (T - len(ids))
 
 
 def text_row(model, vocabulary, ids, prompt):
-    """T token ids. The first one is given: a line feed, because lines begin after one."""
+    """Complete the token ids to a whole sequence. Its first token is a line feed, if there is one,
+    because lines begin after it."""
     T = model.config.block_size
     if len(ids) > T - 1:
         fail(f"prompt '{prompt}' has {len(ids)} tokens, a block has {T - 1}: shorten it")
-    first = vocabulary.encode("\n") if "\n" in vocabulary.items else [0]
+    try:
+        first = vocabulary.encode("\n")[:1]
+    except ValueError:
+        first = [0]
     return first + ids + [len(vocabulary)] * (T - 1 - len(ids))
 
 
 def show(rows, above):
-    """Print the rows, over the `above` lines printed before. Returns how many lines they took."""
+    """Print the rows, over as many lines as `above` says. Returns how many lines they took."""
     content = "\n".join(rows)
     if above:
         time.sleep(0.05)
@@ -114,8 +115,8 @@ def main(argv=None):
     device = train.pick_device(args.device)
     out_dir = os.path.expanduser(args.out_dir or runs.newest_folder() or "out")
     try:
-        name, *own = args.method.split()  # "ppots ppots_fit=grid"
-        method = " ".join([mdm.method_name(mdm.parse_method(name)), *own])
+        name, space, own = args.method.partition(" ")  # "ppots ppots_fit=grid"
+        method = mdm.method_name(mdm.parse_method(name)) + space + own
     except ValueError as e:
         fail(e)
     model, vocabulary, dataset = load_model(out_dir, method, args.seed, device)
@@ -125,16 +126,18 @@ def main(argv=None):
     if model.config.causal and any(mask_id in row for row in ids):
         fail("there are gaps to fill, and an ARM can only go on: use an MDM's --method")
     if dataset in arith.DATASETS:
+        if args.length:
+            fail("--length has an effect on text only: leave it out")
         data = arith.make(dataset)
         rows = [arithmetic_row(data, *pair) for pair in zip(ids, prompts)]
-        begin = data.prompt_len
-        first = 0  # the first token to show
+        begin = data.prompt_len  # tokens begin ... end - 1 may be filled in
+        first = 0  # tokens first ... end - 1 are shown
         end = model.config.block_size
     else:
         rows = [text_row(model, vocabulary, *pair) for pair in zip(ids, prompts)]
         begin = first = 1
         length = len(rows[0]) - 1
-        if all(mask_id in row for row in ids):  # only gaps are to be filled
+        if all(mask_id in row for row in ids):  # fill the gaps, and add nothing after them
             length = max(len(row) for row in ids)
         end = min(1 + (args.length or length), len(rows[0]))
 

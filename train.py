@@ -1,15 +1,15 @@
 """train.py - does variance reduction make masked diffusion training stable? Train and compare.
 
     python train.py                                        ARM, MDM, P-POTS+MIRROR, three seeds
-    python train.py --method=ppots_mirror                  one method (pposts_mirror is the same)
+    python train.py --method=ppots_mirror                  one method (pposts_mirror works too)
     python train.py --method=mdm,mdm_batch2,multi2,mirror  MIRROR, and controls of the same cost
     python train.py --n_seeds=32                           32 seeds, trained as one batch
-    python train.py --dataset=shakespeare_char             text; or --dataset=FILE for any of yours
-                     (defaults for text: n_layer 4, n_embd 128, batch_size 12, steps 2000)
+    python train.py --dataset=shakespeare_char             a text; --dataset=FILE takes one of yours
     python train.py --report                               tables and figures of the newest results
     torchrun --nproc_per_node=2 train.py --n_seeds=32      share the seeds over processes or GPUs
 
-A method is arm, mdm, or words joined by _ that say what is changed in the MDM (see mdm.py):
+Text has other defaults: n_layer 4, n_embd 128, batch_size 12, steps 2000.
+A method is arm, mdm, or words joined by _ like ppots_mirror. Each word changes one thing:
 """
 import argparse
 import copy
@@ -34,109 +34,110 @@ from data.results import report, variance
 from data.runs import fail
 
 # --------------------------------------------------------------------------------------------------
-# Settings. All methods share them: only the estimator differs.
+# Settings. Nearly all are shared by all methods, since only the estimator should differ.
 
 
 class Setting(NamedTuple):
     name: str
     default: object
     why: str  # its --help
-    low: object = None  # limits of a number, or the choices of a word
-    high: object = None
-    run: bool = True  # it decides numbers: all runs in a folder share it
-    only: str = ""  # it has an effect on text, on arithmetic, or on methods with this word only
+    low: object = None  # the smallest number allowed, or a list of the words allowed
+    high: object = None  # the largest number allowed
+    run: bool = True  # results depend on it, so all runs in a folder share its value
+    only: str = ""  # "sums", "text" or a method's word: without it the setting has no effect
 
 
 SETTINGS = [
     # What to train, and on which data.
     Setting("method", "arm,mdm,ppots_mirror", "methods, separated by commas; see above", run=False),
-    Setting("seeds", "", "seeds, separated by commas (default: the paper's 42,731,20231)",
-            run=False),
-    Setting("n_seeds", 0, "how many seeds: the paper's three, then 0,1,2,...", 0, 10**5, False),
+    Setting("seeds", "", "seeds, separated by commas [the paper's 42,731,20231]", run=False),
+    Setting("n_seeds", 0, "how many seeds: the paper's, then 0,1,2,...", 0, 10**5, run=False),
     Setting("dataset", "add3", f"{', '.join(arith.DATASETS)}; or shakespeare_char; or a text file"),
     Setting("init_from", "", "fine-tune: start from the arm or mdm in this folder", run=False),
-    Setting("init_seed", -1, "the seed to start from (default: the smallest)", -1, 10**18, False),
-    Setting("n_train", 0, "scarce data: so many training problems (0: all)", 0, 10**9, only="sums"),
-    Setting("n_test", 512, "held-out problems for the last evaluation", 1, 10**6, only="sums"),
+    Setting("init_seed", -1, "the seed to start from (-1: the smallest)", -1, 10**18, run=False),
+    Setting("n_train", 0, "use only so many training problems (0: all)", 0, 10**9, only="sums"),
+    Setting("n_test", 512, "held-out problems of the last evaluation", 1, 10**6, only="sums"),
     Setting("tokenizer", "char", "char, or a tiktoken encoding such as gpt2", only="text"),
-    Setting("block_size", 64, "tokens per sequence, and one before them", 1, 10**6, only="text"),
+    Setting("block_size", 64, "response tokens, after one prompt token", 1, 10**6, only="text"),
     # The model.
-    Setting("n_layer", 2, "transformer blocks; two suffice for carries", 1, 1000),
+    Setting("n_layer", 2, "transformer blocks; two are enough to carry digits", 1, 1000),
     Setting("n_head", 4, "attention heads", 1, 1000),
     Setting("n_embd", 64, "width; enough to solve add3 in seconds a seed", 1, 10**5),
     # The training.
     Setting("steps", 1000, "optimizer steps: the ARM solves add3, MDM seeds disagree", 1, 10**9),
     Setting("batch_size", 64, "sequences per step and seed", 1, 10**6),
     Setting("lr", 3e-3, "peak learning rate", 0, 1e3),
-    Setting("warmup", 100, "steps until the peak; then linearly down to 0", 0, 10**9),
-    Setting("beta2", 0.98, "AdamW's, for runs as short as these; its beta1 is .9", 0, 1),
-    Setting("weight_decay", 0.01, "AdamW's; small, as a model this size hardly overfits", 0, 1e3),
+    Setting("warmup", 100, "steps up to the peak; then lr falls linearly to 0", 0, 10**9),
+    Setting("beta2", 0.98, "AdamW's second decay rate; the first is 0.9", 0, 0.9999),
+    Setting("weight_decay", 0.01, "small, as a model of this size hardly overfits", 0, 1e3),
     Setting("grad_clip", 1.0, "largest norm of a seed's gradient", 1e-9, 1e9),
-    Setting("eps", 1e-3, "smallest masking rate, as in LLaDA: keeps the variance finite", 0, 0.9),
-    Setting("until_nll", 0.0, "stop a method when its mean nll is this low (0: never)", 0, 1e9),
-    Setting("eval_every", 250, "steps between evaluations, after which all is saved", 1, 10**9),
+    Setting("eps", 1e-3, "smallest masking probability, as in LLaDA: bounds the weights", 0, 0.9),
+    Setting("until_nll", 0.0, "end when the mean nll of all seeds is so low (0: never)", 0, 1e9),
+    Setting("eval_every", 250, "steps between evaluations; each one saves all", 1, 10**9),
     # Settings of single methods.
-    Setting("ppots_fit", "epr", "epr, the paper's family, or grid, as measured", ["epr", "grid"],
-            only="ppots"),
-    Setting("ppots_refits", 10, "pilots in a training: the curve moves", 1, 10**4, only="ppots"),
-    Setting("ppots_budget", 0.01, "the pilots' share of the work", 1e-9, 1, only="ppots"),
-    Setting("isad_tokens", "", "rare tokens (default: separators; text: the rarest 5 %%)",
-            only="isad"),
+    Setting("ppots_fit", "epr", "how to smooth the curve: epr, the paper's, or grid, not at all",
+            ["epr", "grid"], only="ppots"),
+    Setting("ppots_refits", 10, "how often to measure the density anew", 1, 10**4, only="ppots"),
+    Setting("ppots_budget", 0.01, "the share of the work this may cost", 1e-9, 1, only="ppots"),
+    Setting("isad_tokens", "", "rare tokens [separators; text: the rarest 5 %%]", only="isad"),
     # Where and how.
-    Setting("out_dir", "", "where all goes (default: out/ and what differs from the defaults)",
-            run=False),
+    Setting("out_dir", "", "the folder of all results [out/ and what you changed]", run=False),
     Setting("resume", False, "go on from the checkpoints, to the same numbers", run=False),
-    Setting("report", False, "train nothing: tables and figures; --out_dir=a,b draws both in one",
+    Setting("report", False, "only show tables and figures; --out_dir=a,b takes two folders",
             run=False),
-    Setting("variance", False, "measure A, B, C of many methods at the plain MDM's weights",
-            run=False),
-    Setting("baseline", "mdm", "the method that all others are compared with", run=False),
+    Setting("variance", False, "measure the gradient's noise at the trained plain MDM", run=False),
+    Setting("baseline", "mdm", "the method to compare all others with", run=False),
     Setting("device", "auto", "cpu, cuda, cuda:1, mps; auto takes the best there is"),
-    Setting("compile", False, "torch.compile the loss"),
+    Setting("compile", False, "torch.compile the loss (see README: when it pays)"),
 ]
 TEXT_DEFAULTS = {"n_layer": 4, "n_embd": 128, "batch_size": 12, "steps": 2000}  # nanoGPT's on a CPU
 PAPER_SEEDS = [42, 731, 20231]
 
 
+def kind_of(dataset):
+    return "sums" if dataset in arith.DATASETS else "text"
+
+
 def defaults(dataset):
     values = {s.name: s.default for s in SETTINGS}
-    return values if dataset in arith.DATASETS else values | TEXT_DEFAULTS
+    return values | TEXT_DEFAULTS if kind_of(dataset) == "text" else values
 
 
 def parse_args(argv=None):
-    """The command line: settings (with those of them that were given), methods and seeds."""
+    """Read the command line. Returns (cfg, methods, seeds), or leaves with an error message."""
     words = {**mdm.MASKING, **mdm.TRAINING}
-    about = __doc__ + "\n".join(f"    {word:8} {what}" for word, what in words.items())
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("train.py", None, about, formatter_class=raw)
-    parser.allow_abbrev = False
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description=__doc__ + "\n".join(f"    {word:8} {what}" for word, what in words.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # so that we see which flags were given
+        allow_abbrev=False,
+    )
     parser.error = fail
     for s in SETTINGS:
         kind = {"action": "store_true"}
         if s.default is not False:
             kind = {"type": type(s.default), "metavar": type(s.default).__name__}
-        where = f"{s.only}: " if s.only else ""
-        default = f" [{s.default}]" if s.default else ""
-        why = where + s.why + default
-        parser.add_argument(f"--{s.name}", default=argparse.SUPPRESS, help=why, **kind)
-    given = vars(parser.parse_args(argv))
-    for name in ("out_dir", "init_from", "dataset"):
-        if name in given:
-            given[name] = os.path.expanduser(given[name])
+        why = f"{s.only}: {s.why}" if s.only else s.why
+        if s.default and s.default != -1:
+            why += f" [{s.default}]"
+        parser.add_argument(f"--{s.name}", help=why, **kind)
+    given = vars(parser.parse_args(argv))  # only the flags that were typed
+    for name in {"out_dir", "init_from", "dataset"} & given.keys():
+        given[name] = ",".join(os.path.expanduser(part) for part in given[name].split(","))
     cfg = argparse.Namespace(**defaults(given.get("dataset", "add3")) | given)
     try:
         methods = [mdm.method_name(mdm.parse_method(name)) for name in cfg.method.split(",")]
         cfg.baseline = mdm.method_name(mdm.parse_method(cfg.baseline))
     except ValueError as e:
         fail(e)
-    methods = list(dict.fromkeys(methods))
-    seeds = parse_seeds(cfg)
     check_values(cfg)
     check_effects(cfg, given, methods)
-    return cfg, methods, seeds
+    return cfg, list(dict.fromkeys(methods)), parse_seeds(cfg)
 
 
 def parse_seeds(cfg):
+    """The seeds as a list. By default the paper's three come first, then 0, 1, 2, ..."""
     if not cfg.seeds:
         others = [seed for seed in range(cfg.n_seeds) if seed not in PAPER_SEEDS]
         return (PAPER_SEEDS + others)[: cfg.n_seeds or 3]
@@ -150,23 +151,22 @@ def parse_seeds(cfg):
 
 
 def check_values(cfg):
+    """Refuse numbers outside their limits, and words nobody knows."""
     for s in SETTINGS:
         value = getattr(cfg, s.name)
-        if isinstance(s.low, list):
-            if value not in s.low:
-                fail(f"--{s.name}={value} is none of {', '.join(s.low)}")
-        elif s.low is not None and not s.low <= value <= s.high:
+        if isinstance(s.low, list) and value not in s.low:
+            fail(f"--{s.name}={value} is none of {', '.join(s.low)}")
+        if s.high is not None and not s.low <= value <= s.high:
             fail(f"--{s.name}={value} is not between {s.low} and {s.high}")
-    if cfg.n_embd % (2 * cfg.n_head):
+    if cfg.n_embd % (2 * cfg.n_head):  # rotary positions need heads of even size
         fail(f"--n_embd={cfg.n_embd} is no multiple of twice --n_head={cfg.n_head}")
 
 
 def check_effects(cfg, given, methods):
     """Refuse settings and words that would change nothing."""
-    kind = "sums" if cfg.dataset in arith.DATASETS else "text"
-    words = set().union(*map(mdm.parse_method, methods))
+    there = {kind_of(cfg.dataset)}.union(*map(mdm.parse_method, methods))
     for s in SETTINGS:
-        if s.name in given and s.only and s.only not in {kind} | words:
+        if s.name in given and s.only and s.only not in there:
             fail(f"--{s.name} has an effect on {s.only} only, and there is none: leave it out")
     if "init_seed" in given and not cfg.init_from:
         fail("--init_seed has an effect with --init_from only: leave it out")
@@ -177,9 +177,9 @@ def check_effects(cfg, given, methods):
 
 
 def load_data(cfg, methods):
-    """The data set, an arith.Arithmetic or a text.Text, if the methods make sense on it."""
+    """The data set. Leaves with an error message if a method makes no sense on it."""
     try:
-        if cfg.dataset in arith.DATASETS:
+        if kind_of(cfg.dataset) == "sums":
             data = arith.make(cfg.dataset, cfg.n_train, cfg.n_test)
         else:
             data = text.make(cfg.dataset, cfg.block_size, cfg.tokenizer)
@@ -196,8 +196,8 @@ def load_data(cfg, methods):
 
 
 # --------------------------------------------------------------------------------------------------
-# Randomness. Every random number comes from a stream named by (seed, purpose, part). So the draws
-# of a seed depend on no other seed, and --resume needs no state of a generator.
+# Randomness. Each random stream has a name: (seed, purpose, part), where part counts epochs, or
+# chunks of steps. So a seed's numbers depend on no other seed, and --resume can make them again.
 
 PURPOSES = ["init", "data", "rate", "mask", "pilot"]
 
@@ -208,40 +208,41 @@ def stream(seed, purpose, part=0, device="cpu"):
 
 
 def epochs(seed, first, count, n_train, device):
-    """Places first ... first + count - 1 of an endless row of epochs, (count,). Each epoch is a
-    permutation of the n_train problems. A batch may hold the end of one and the start of the next,
-    so no problem is left out."""
+    """Which training problems come first, first + 1, ... for a seed? Their indices, (count,).
+    All epochs stand in a row. Each is a fresh permutation of the n_train problems. A batch may hold
+    the end of one epoch and the beginning of the next, so no problem is left out."""
     order = []
     for epoch in range(first // n_train, (first + count - 1) // n_train + 1):
         draw = stream(seed, "data", epoch, device)
         order.append(torch.randperm(n_train, generator=draw, device=device))
-    start = first % n_train
+    start = first % n_train  # in the first of these epochs
     return torch.cat(order)[start : start + count]
 
 
 def random_numbers(words, seeds, first_step, B, n, n_train, in_epochs, device):
-    """For each step from first_step on: idx and u (S, B), and r (S, B, n), multi2: (2, S, B, n).
-    They are drawn for a block of steps at a time, as a few large draws are faster than many small
-    ones. The block's length must not depend on the seeds, or else a seed's numbers would."""
-    K = max(1, min(64, 2**20 // (B * n)))  # steps in a block
+    """Yield, for each step from first_step on, idx and u (S, B) and r (S, B, n); for multi2 r is
+    (2, S, B, n). idx says which training sequences make up the batch."""
+    # Numbers are drawn for a chunk of K steps at once, which is faster. K must not depend on the
+    # seeds. Otherwise a seed's numbers would depend on the others.
+    K = max(1, min(64, 2**20 // (B * n)))
     r_shape = (2, B, n) if "multi2" in words else (B, n)
-    for block in itertools.count(first_step // K):
+    for chunk in itertools.count(first_step // K):
         idx, u, r = [], [], []
         for seed in seeds:
             if in_epochs:
-                idx.append(epochs(seed, block * K * B, K * B, n_train, device).view(K, B))
-            else:
-                draw = stream(seed, "data", block, device)
+                idx.append(epochs(seed, chunk * K * B, K * B, n_train, device).view(K, B))
+            else:  # random windows of a text, as in nanoGPT
+                draw = stream(seed, "data", chunk, device)
                 idx.append(torch.randint(n_train, (K, B), generator=draw, device=device))
-            draw = stream(seed, "rate", block, device)
+            draw = stream(seed, "rate", chunk, device)
             u.append(1 - torch.rand(K, B, generator=draw, device=device))  # in (0, 1]
-            draw = stream(seed, "mask", block, device)
+            draw = stream(seed, "mask", chunk, device)
             r.append(torch.rand(K, *r_shape, generator=draw, device=device))
         idx = torch.stack(idx, 1)
         u = torch.stack(u, 1)
-        r = torch.stack(r, -3)
+        r = torch.stack(r, -3)  # the seed axis goes just before (B, n)
         for i in range(K):
-            if block * K + i >= first_step:
+            if chunk * K + i >= first_step:
                 yield idx[i], u[i], r[i]
 
 
@@ -253,8 +254,8 @@ def build(cfg, method, seeds, data, device):
     """The models, one row for each seed, and the positions (n,) that are hidden and predicted."""
     words = mdm.parse_method(method)
     V = len(data.vocabulary)
-    T = data.test.shape[1]
-    causal = "arm" in words
+    T = data.test.shape[1]  # prompt and response
+    causal = "arm" in words  # the only difference between the networks
     config = mdm.GPTConfig(V, T, cfg.n_layer, cfg.n_head, cfg.n_embd, causal)
     model = mdm.GPT(config, [stream(seed, "init") for seed in seeds])
     pos = list(range(data.prompt_len, T))
@@ -267,7 +268,7 @@ def learning_rate(cfg, step, steps):
     # 1) linear warm-up
     if step < cfg.warmup:
         return cfg.lr * (step + 1) / cfg.warmup
-    # 2) then linear decay, to 0 at the end
+    # 2) then linear decay: it would reach 0 one step after the last
     return cfg.lr * (steps - step) / (steps - cfg.warmup)
 
 
@@ -276,42 +277,47 @@ def sequence_loss(model, words, x0, pos, u, r, table, rare, eps):
     if "arm" in words:
         return mdm.token_nll(model, x0, pos).mean(-1)
     is_rare = torch.isin(x0[..., pos], rare) if "isad" in words else None
-    masking = words & mdm.MASKING.keys()
+    masking = words & mdm.MASKING.keys()  # the other words change the training loop
     mask, weight = mdm.draw_masks(masking, u, r, table, eps, is_rare)
     return mdm.method_loss(model, x0, pos, mask, weight)
 
 
 def new_state(seeds, steps, device):
-    """The state of a training that has not begun. A checkpoint holds this, and weights."""
+    """The state before the first step. train() adds the weights, and a checkpoint holds it all."""
     return {
         "step": 0,
         "steps": steps,
         "done": False,
         "curve": [],  # a dictionary for each evaluation, with a number for each seed
-        "diverged": torch.zeros(len(seeds), device=device),  # the step when a seed did, or 0
+        "diverged": torch.zeros(len(seeds), device=device),  # the step in which a seed did, or 0
         "gradclip": torch.zeros(len(seeds), device=device),  # steps whose gradient was clipped
         "table": torch.zeros(len(seeds), mdm.N_CELLS, device=device),  # P-POTS
-        "ema": torch.zeros(len(seeds), 10, device=device),  # EMA's running means, 10 bins
-        "pilot": 0,  # sequences that pilots passed through the model
-        "seconds": 0.0,
+        "ema": torch.zeros(len(seeds), 10, device=device),  # EMA's running means, in 10 bins
+        "pilot": 0,  # masked sequences that pilots passed through the model
+        "seconds": 0.0,  # of training and evaluation
+        **machine(device),
     }
 
 
 def train(cfg, method, seeds, data, device="cpu", state=None):
     """Train one method for all seeds at once. Yield the state at the start and after every
-    evaluation. A yielded state never changes afterwards, and training goes on from any of them.
-    state: such a state, or {"model": weights} to begin with. A seed that diverges, because its loss
-    or gradient is not finite, gets no more steps and harms no other."""
+    evaluation. A yielded state never changes afterwards, and training can go on from any of them.
+    state: a yielded state, or {"model": weights}. A seed diverges when its loss or gradient is not
+    finite. Its gradient is zero from then on, so it learns no more and harms no other seed."""
+    # The method.
     words = mdm.parse_method(method)
     work = mdm.work(words)
     B = cfg.batch_size * work.batch
     steps = cfg.steps * work.steps
+
+    # The model and the optimizer.
     model, pos = build(cfg, method, seeds, data, device)
-    params = list(model.parameters())
+    params = list(model.parameters())  # each with a row per seed
     betas = (0.9, cfg.beta2)
-    fused = device != "mps"
+    fused = device != "mps"  # one kernel for all parameters; the decay is on all of them, too
     optimizer = torch.optim.AdamW(params, cfg.lr, betas, weight_decay=cfg.weight_decay, fused=fused)
 
+    # The state: new, or where an earlier training stopped.
     state = new_state(seeds, steps, device) | (state or {})
     if "model" in state:
         model.load_state_dict(state["model"])
@@ -322,23 +328,25 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
     table = state["table"].to(device)
     ema = state["ema"].to(device)
 
-    train_x = data.train_blocks(device)
+    # The data, and the random numbers that decide everything.
+    train_x = data.train_blocks(device)  # (n_train, T), all on the device
     rare = torch.tensor(data.isad, dtype=torch.int64, device=device)
-    loss_of = torch.compile(sequence_loss) if cfg.compile else sequence_loss
-    refit_every, n_pilot = pilot_size(cfg, steps, B * work.masks, len(pos))
-    in_epochs = isinstance(data, arith.Arithmetic)  # text: random windows
+    loss_of = torch.compile(sequence_loss) if cfg.compile else sequence_loss  # takes some 20 s
+    refit_every, n_pilot = pilot_size(cfg, steps, B * work.masks, len(pos))  # for P-POTS
+    in_epochs = isinstance(data, arith.Arithmetic)
     first = state["step"]
     numbers = random_numbers(words, seeds, first, B, len(pos), len(train_x), in_epochs, device)
-    loss_sum = torch.zeros(len(seeds), device=device)
+    loss_sum = torch.zeros(len(seeds), device=device)  # since the last evaluation
     began = time.perf_counter()
 
-    if not state["curve"]:  # where does training begin?
+    if not state["curve"]:  # the scores before training
         scores = evaluate(model, data, quick=True)
         point = {"step": 0, "loss": [None] * len(seeds), **scores}
         state = snapshot(state, model, optimizer, curve=[point])
         yield state
 
     for step in range(state["step"], steps):
+        # P-POTS measures its density now and then.
         if "ppots" in words and step % refit_every == 0:
             table = measure_table(cfg, seeds, model, train_x, pos, step, n_pilot)
             state = state | {"pilot": state["pilot"] + n_pilot * min(len(pos), mdm.N_COUNTS)}
@@ -350,13 +358,14 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
         if "ema" in words:
             loss, ema = mdm.ema_baseline(loss, u, ema)
 
-        # The gradient. Seeds share no parameter, so from the sum each gets that of its own loss.
-        loss = loss.mean(-1)
+        # The gradient. Seeds share no parameter, so the gradient of the summed loss holds, in each
+        # seed's row, the gradient of the seed's own loss.
+        loss = loss.mean(-1)  # (S,)
         optimizer.zero_grad()
         loss.sum().backward()
         healthy = torch.isfinite(loss) & (diverged == 0)
-        finite, was_clipped = clip_per_seed(params, healthy, cfg.grad_clip)
-        diverged = torch.where((diverged == 0) & ~finite, step + 1, diverged)
+        healthy, was_clipped = clip_per_seed(params, healthy, cfg.grad_clip)
+        diverged = torch.where((diverged == 0) & ~healthy, step + 1, diverged)
         gradclip = gradclip + was_clipped
 
         # The step.
@@ -364,17 +373,17 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
         optimizer.step()
         loss_sum = loss_sum + loss.detach()
 
-        # The evaluation.
-        done = step + 1
-        if done % cfg.eval_every and done < steps:
+        # The evaluation. The last one is thorough, and with --until_nll any may be the last.
+        steps_done = step + 1
+        if steps_done % cfg.eval_every and steps_done < steps:
             continue
-        scores = evaluate(model, data, quick=done < steps and not cfg.until_nll)
-        mean_loss = loss_sum / (done - state["step"])
-        point = {"step": done, "loss": mean_loss.tolist(), **scores}
+        scores = evaluate(model, data, quick=steps_done < steps and not cfg.until_nll)
+        mean_loss = loss_sum / (steps_done - state["step"])  # since the last evaluation
+        point = {"step": steps_done, "loss": mean_loss.tolist(), **scores}
         reached = cfg.until_nll > 0 and np.mean(scores["nll"]) <= cfg.until_nll
         state = snapshot(
-            state, model, optimizer, step=done, curve=[*state["curve"], point],
-            done=bool(done == steps or reached or diverged.all()), diverged=diverged,
+            state, model, optimizer, step=steps_done, curve=[*state["curve"], point],
+            done=bool(steps_done == steps or reached or diverged.all()), diverged=diverged,
             gradclip=gradclip, table=table, ema=ema,
             seconds=state["seconds"] + time.perf_counter() - began,
         )  # fmt: skip
@@ -392,20 +401,21 @@ def snapshot(state, model, optimizer, **changes):
 
 
 def clip_per_seed(params, healthy, max_norm):
-    """Scale each seed's gradient to a norm of at most max_norm. Erase it where it is not finite, or
-    the seed not healthy (S,). Returns who stays healthy and who was clipped, both (S,) bool."""
-    norm = sum(p.grad.flatten(1).square().sum(1) for p in params).sqrt()
+    """Scale each seed's gradient to a norm of at most max_norm. It becomes 0 if it is not finite,
+    or if the seed is not healthy (S,). Returns who is still healthy, and who was clipped."""
+    norm = sum(p.grad.flatten(1).square().sum(1) for p in params).sqrt()  # (S,)
     healthy = healthy & torch.isfinite(norm)
     scale = torch.where(healthy, (max_norm / (norm + 1e-6)).clamp(max=1), 0)
     for p in params:
-        p.grad.nan_to_num_(0, 0, 0).mul_(scale.view(-1, *[1] * (p.dim() - 1)))
+        row_scale = scale.view(-1, *[1] * (p.dim() - 1))  # (S, 1, 1), say
+        p.grad.nan_to_num_(0, 0, 0).mul_(row_scale)  # NaN times 0 would stay NaN
     return healthy, healthy & (norm > max_norm)
 
 
 def pilot_size(cfg, steps, rows, n):
-    """P-POTS: the steps between two pilots, and the sequences of each. Pilots may cost a share
-    ppots_budget of the work, where a training step costs three forward passes of its rows.
-    A pilot of fewer than 8 sequences says little, so there may be fewer pilots than asked for."""
+    """P-POTS: the steps from one pilot to the next, and the sequences in a pilot. All pilots may
+    cost the share ppots_budget of the work, where a training step costs three forward passes of its
+    rows. A pilot needs 8 sequences at least, so there may be fewer pilots than ppots_refits."""
     sequences = cfg.ppots_budget * 3 * steps * rows / min(n, mdm.N_COUNTS)
     refits = max(1, min(cfg.ppots_refits, int(sequences / 8)))
     return math.ceil(steps / refits), max(8, int(sequences / refits))
@@ -416,24 +426,26 @@ def measure_table(cfg, seeds, model, train_x, pos, step, n_pilot):
     device = train_x.device
     n = len(pos)
     x0, r = [], []
-    for seed in seeds:
+    for seed in seeds:  # each from its own stream
         draw = stream(seed, "pilot", step, device)
         idx = torch.randint(len(train_x), (n_pilot,), generator=draw, device=device)
-        x0.append(train_x[idx].long())
+        x0.append(train_x[idx].long())  # (n_pilot, T)
         shape = (n_pilot, min(n, mdm.N_COUNTS), n)
         r.append(torch.rand(shape, generator=draw, device=device))
     counts, H = mdm.pilot(model, torch.stack(x0), pos, torch.stack(r))
-    H = H.nan_to_num(0, 0, 0)  # a seed that has diverged needs no table, and must stop no other
+    H = H.nan_to_num(0, 0, 0)  # of a diverged seed, whose table is never used
     return mdm.ppots_table(counts, H, n, cfg.ppots_fit, cfg.eps)
 
 
 # --------------------------------------------------------------------------------------------------
 # Evaluation on held-out data: the same for every method, and always with the same masks.
 
+BOUND_MASKS = 8  # masks of a sequence
+
 
 def evaluate(model, data, quick=False):
-    """{"nll", "nll_se"} and, for arithmetic, "accuracy": lists with a number for each seed. quick:
-    at most 512 problems and 128 sequences instead of all problems and 512 sequences."""
+    """The scores of each seed, as lists: "nll", its standard error "nll_se", for sums "accuracy".
+    quick: at most 512 problems and 128 sequences, instead of all problems and 512 sequences."""
     scores = {}
     if isinstance(data, arith.Arithmetic):
         scores["accuracy"] = accuracy(model, data, 512 if quick else None).tolist()
@@ -447,8 +459,7 @@ def rows_at_once(model, n):
     """How many sequences of n response tokens an evaluation can take at once."""
     S = len(model.wte)
     widest = max(model.config.vocab_size, 16 * model.config.n_embd)  # logits, or a block's arrays
-    masks = 8
-    return max(1, 2**24 // (masks * S * n * widest))  # 2**24 float32 numbers are 64 MB
+    return max(1, 2**24 // (BOUND_MASKS * S * n * widest))  # 2**24 float32 numbers are 64 MB
 
 
 @torch.no_grad()
@@ -460,34 +471,35 @@ def accuracy(model, data, n_problems=None):
     right = []
     for answer in data.test[:n_problems].to(device).split(rows_at_once(model, len(pos))):
         question = answer.clone()
-        question[:, pos] = model.config.vocab_size
+        question[:, pos] = model.config.vocab_size  # hide the whole response
         for x in mdm.generate(model, question.expand(S, -1, -1), pos):
             pass  # the last one is complete
-        right.append((x == answer).all(-1))
+        right.append((x == answer).all(-1))  # (S, rows)
     return torch.cat(right, 1).float().mean(1)
 
 
 @torch.no_grad()
 def bound(model, data, n_sequences):
-    """Nats per response token of each sequence, (S, n_sequences). Of an MDM this is the bound (2),
-    by exact counts: 8 masks a sequence, with one count from each eighth of 1 ... n."""
+    """The nll per response token of each sequence, (S, n_sequences). Of an MDM it is the bound (2),
+    by exact counts. The first mask hides up to n/8 tokens, the second n/8 to 2n/8, and so on."""
     device = model.wte.device
     S = len(model.wte)
     pos = torch.arange(data.prompt_len, data.test.shape[1], device=device)
     n_sequences = min(n_sequences, len(data.test))
-    spread = torch.linspace(0, len(data.test) - 1, n_sequences).round().long()  # all over a text
+    spread = torch.linspace(0, len(data.test) - 1, n_sequences).round().long()  # all over the text
     x0 = data.test[spread].to(device)
     draw = torch.Generator().manual_seed(0)
-    u = (torch.arange(8)[:, None] + 1 - torch.rand(8, n_sequences, generator=draw)) / 8
-    r = torch.rand(8, n_sequences, len(pos), generator=draw)
+    u = 1 - torch.rand(BOUND_MASKS, n_sequences, generator=draw)
+    u = (torch.arange(BOUND_MASKS)[:, None] + u) / BOUND_MASKS
+    r = torch.rand(*u.shape, len(pos), generator=draw)
     mask, weight = mdm.draw_masks("exactk", u, r)  # (1, 8, n_sequences, n)
-    mask = mask.transpose(0, 1).to(device)
+    mask = mask.transpose(0, 1).to(device)  # all masks lead, as for method_loss
     weight = weight.transpose(0, 1).to(device)
     nll = []
     for part in torch.arange(n_sequences, device=device).split(rows_at_once(model, len(pos))):
         x = x0[part].expand(S, -1, -1)
         if model.config.causal:
-            nll.append(mdm.token_nll(model, x, pos).mean(-1))
+            nll.append(mdm.token_nll(model, x, pos).mean(-1))  # exact, by the chain rule
         else:
             m = mask[:, :, part].expand(-1, S, -1, -1)
             w = weight[:, :, part].expand(-1, S, -1, -1)
@@ -500,7 +512,7 @@ def bound(model, data, n_sequences):
 
 
 def changed(cfg, settings):
-    """The settings, by name, whose values are not the defaults."""
+    """The settings whose values are not the defaults, {name: value}."""
     normal = defaults(cfg.dataset)
     names = [s.name for s in settings]
     return {n: getattr(cfg, n) for n in names if getattr(cfg, n) != normal[n]}
@@ -508,77 +520,77 @@ def changed(cfg, settings):
 
 def shared_settings(cfg):
     """The settings that all runs in a folder share."""
-    kind = "sums" if cfg.dataset in arith.DATASETS else "text"
-    return [s for s in SETTINGS if s.run and s.only in ("", kind)]
+    return [s for s in SETTINGS if s.run and s.only in ("", kind_of(cfg.dataset))]
 
 
 def default_folder(cfg):
-    """out/ and the data set, with all settings that are not the defaults: out/mul2_steps1500."""
-    parts = [os.path.splitext(os.path.basename(cfg.dataset))[0]]
-    for name, value in changed(cfg, shared_settings(cfg)).items():
-        if name != "dataset":
-            parts.append(f"{name}{value}".replace("/", "-"))
+    """out/DATASET_CHANGES, for example out/mul2_steps1500 for --dataset=mul2 --steps=1500."""
+    changes = changed(cfg, shared_settings(cfg))
+    changes.pop("dataset", None)
+    parts = [runs.stem(cfg.dataset), *(f"{name}{value}" for name, value in changes.items())]
     if cfg.init_from:
-        parts.append("from_" + os.path.basename(os.path.normpath(cfg.init_from)))
-    return os.path.join("out", "_".join(parts))
+        parts.append("from_" + runs.stem(cfg.init_from))
+    return os.path.join("out", "_".join(parts).replace("/", "-"))
 
 
 def label(cfg, method):
     """A method's name in tables and files, with its own settings: "ppots ppots_fit=grid"."""
     words = mdm.parse_method(method)
     own = changed(cfg, [s for s in SETTINGS if s.only in words])
-    return " ".join([method, *(f"{name}={value}" for name, value in own.items())])
+    parts = [method, *(f"{name}={value}" for name, value in own.items())]
+    return " ".join(parts).replace("/", "-")
 
 
 def load_start(cfg, method, data):
     """--init_from: the model to start from, {"name", "fingerprint", "weights"}."""
     base = "arm" if "arm" in mdm.parse_method(method) else "mdm"
-    seed = None if cfg.init_seed < 0 else cfg.init_seed
-    theirs = runs.find_checkpoint(cfg.init_from, base, seed)
-    ours = {**vars(cfg), "vocabulary": dataclasses.asdict(data.vocabulary)}
-    for name in ("n_layer", "n_head", "n_embd", "vocabulary"):
-        if theirs[name] != ours[name]:
-            fail(f"--init_from={cfg.init_from} has another {name}: give its, or train it again")
-    weights = theirs["weights"]
-    if weights["wpe"].shape[1] != data.test.shape[1]:
-        fail(f"--init_from={cfg.init_from} has sequences of another length")
+    theirs = runs.find_checkpoint(cfg.init_from, base, None if cfg.init_seed < 0 else cfg.init_seed)
+    model, _ = build(cfg, method, [0], data, "cpu")
+    if theirs["config"] != dataclasses.asdict(model.config):
+        fail(f"{cfg.init_from} has another model, {theirs['config']}: give the same settings")
+    if theirs["vocabulary"] != dataclasses.asdict(data.vocabulary):
+        fail(f"{cfg.init_from} was trained on other tokens than those of {cfg.dataset}")
     if not theirs["state"]["done"]:
         fail(f"--init_from={cfg.init_from}: its {base} is unfinished: --resume it first")
-    name = os.path.splitext(os.path.basename(theirs["dataset"]))[0] + f"-{theirs['seed']}"
-    known_by = runs.fingerprint(*weights.values())
+    name = f"{runs.stem(theirs['dataset'])}-{theirs['seed']}"
+    known_by = runs.fingerprint(*theirs["weights"].values())
     for line in runs.read_results(cfg.out_dir):
         same = line["start"] == name and line["method"].startswith("arm") == (base == "arm")
         if same and line["start_weights"] != known_by:
-            fail(f"{cfg.out_dir} has runs from another {name}: take another --out_dir")
-    return {"name": name, "fingerprint": known_by, "weights": weights}
+            fail(f"{cfg.out_dir} has runs that start from another {name}: take another --out_dir")
+    return {"name": name, "fingerprint": known_by, "weights": theirs["weights"]}
 
 
-def first_state(cfg, method, seeds, path, start):
-    """What training starts from: a checkpoint (--resume), weights (--init_from), or nothing."""
-    if cfg.resume and os.path.exists(path):
-        theirs = runs.load_checkpoint(path)
-        if theirs["seeds"] != seeds:
-            fail(f"{path} holds the seeds {theirs['seeds']}, not {seeds}: --resume with its seeds "
-                 "and as many processes as before")
-        if theirs["start"] != (start and start["fingerprint"]):
-            fail(f"{path} started from other weights: do without --resume, or use those")
-        return theirs["state"]
+def first_state(cfg, seeds, path, start):
+    """The state to hand to train(): from a checkpoint (--resume), from --init_from, or none."""
+    if cfg.resume:
+        for other in runs.checkpoints_beside(path):
+            theirs = runs.load_checkpoint(other)
+            if theirs["seeds"] == seeds and theirs["start"] != (start and start["fingerprint"]):
+                fail(f"{other} started from other weights: leave out --resume, or give its start")
+            if theirs["seeds"] == seeds:
+                return theirs["state"]
+            if set(theirs["seeds"]) & set(seeds):
+                fail(f"{other} holds the seeds {theirs['seeds']}, not {seeds}: --resume with the "
+                     "same seeds and as many processes as before")
     if start:
         weights = start["weights"].items()
-        return {"model": {k: v.repeat_interleave(len(seeds), 0) for k, v in weights}}
+        return {"model": {k: v.repeat_interleave(len(seeds), 0) for k, v in weights}}  # for all
     return {}
 
 
-def result_lines(cfg, method, seeds, data, device, state, start):
-    """A line for each seed in results.jsonl."""
+def result_lines(cfg, method, seeds, data, state, start):
+    """A line for each seed, for results.jsonl."""
     work = mdm.work(mdm.parse_method(method))
     B = cfg.batch_size * work.batch
     T = data.test.shape[1]
-    n_params = sum(weights[0].numel() for weights in state["model"].values())
+    n_params = sum(weights[0].numel() for weights in state["model"].values())  # of one seed
     lines = []
     for s, seed in enumerate(seeds):
-        curve = [{k: v if k == "step" else v[s] for k, v in at.items()} for at in state["curve"]]
-        scores = {k: v for k, v in curve[-1].items() if k not in ("step", "loss")}
+        curve = []  # of this seed
+        for point in state["curve"]:
+            curve.append({k: v if k == "step" else v[s] for k, v in point.items()})
+        scores = {k: v for k, v in curve[-1].items() if k not in ("step", "loss")}  # the last ones
         line = {
             "method": label(cfg, method), "seed": seed, "start": start["name"] if start else "",
             "start_weights": start["fingerprint"] if start else "", "passes": work.passes,
@@ -588,26 +600,30 @@ def result_lines(cfg, method, seeds, data, device, state, start):
             "n_params": n_params,
             "forward_tokens": (state["step"] * B * work.masks + state["pilot"]) * T,
             "seconds": round(state["seconds"], 2), "seeds_trained_together": len(seeds),
-            **machine(device), "curve": curve,
+            "processor": state["processor"], "threads": state["threads"],
+            "torch": state["torch"], "commit": state["commit"], "curve": curve,
         }  # fmt: skip
-        lines.append(json.loads(json.dumps(line), parse_constant=lambda _: None))  # NaN is no JSON
+        # JSON has no NaN: write null.
+        lines.append(json.loads(json.dumps(line), parse_constant=lambda _: None))
     return lines
 
 
 def machine(device):
-    """What a number may depend on besides the settings."""
+    """What numbers may depend on besides the settings, because rounding does."""
     here = os.path.dirname(os.path.abspath(__file__))
-    git = ["git", "-C", here, "describe", "--always", "--dirty"]
     processor = platform.processor() or platform.machine()
+    commit = ""
     try:
+        git = ["git", "-C", here, "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
         with open("/proc/cpuinfo") as f:
-            processor = next(x for x in f if x.startswith("model name")).split(":")[1].strip()
-    except (OSError, StopIteration):
-        commit = ""
+            names = [x.split(":")[1].strip() for x in f if x.startswith("model name")]
+        processor = names[0] if names else processor
+    except OSError:
+        pass  # no git, or no Linux
     if device.startswith("cuda"):
         processor = torch.cuda.get_device_name(device)
-    versions = {"torch": torch.__version__, "commit": commit}
+    versions = {"torch": str(torch.__version__), "commit": commit}
     return {"processor": processor, "threads": torch.get_num_threads(), **versions}
 
 
@@ -620,12 +636,12 @@ def pick_device(name, rank=0):
     try:
         if chosen == "cuda":  # each of torchrun's processes takes a GPU of its own
             local_rank = int(os.environ.get("LOCAL_RANK") or rank)
-            chosen = f"cuda:{local_rank % torch.cuda.device_count()}"
+            chosen = f"cuda:{local_rank % max(1, torch.cuda.device_count())}"
         torch.zeros(1, device=chosen).item()
-    except (RuntimeError, AssertionError, NotImplementedError, ValueError, ZeroDivisionError) as e:
-        why = str(e).splitlines()[0]
+    except (RuntimeError, AssertionError, NotImplementedError, ValueError) as e:
+        why = str(e).partition("\n")[0]
         if name == "auto":
-            print(f"{chosen} is there and cannot be used ({why}): going on with the CPU")
+            print(f"{chosen} cannot be used ({why}): using the CPU instead")
             return "cpu"
         fail(f"--device={name} cannot be used here ({why}): try --device=cpu")
     return chosen
@@ -640,7 +656,7 @@ def main(argv=None):
     rank, world_size = runs.torchrun_share()
     if rank > 0:
         sys.stdout = open(os.devnull, "w")  # one process speaks for all
-    if cfg.report:
+    if cfg.report:  # train nothing
         out_dirs = cfg.out_dir.split(",") if cfg.out_dir else [runs.newest_folder() or "out"]
         try:
             return report.main(out_dirs, cfg.baseline) if rank == 0 else 0
@@ -654,12 +670,17 @@ def main(argv=None):
     if cfg.init_from and os.path.realpath(cfg.init_from) == os.path.realpath(cfg.out_dir):
         fail("--init_from is --out_dir: the models to start from would be overwritten")
     seeds = [int(seed) for seed in np.array_split(seeds, world_size)[rank]]
+    if not seeds:  # more processes than seeds
+        return 0
     try:
-        with runs.lock(cfg.out_dir, (rank + 1, world_size)), runs.enough_memory():
-            return compare(cfg, methods, seeds, data, device) if seeds else 0
+        with runs.lock(cfg.out_dir, (rank + 1, world_size)):
+            compare(cfg, methods, seeds, data, device)
+            if cfg.variance and rank == 0:
+                variance.measure(cfg, methods, seeds[:1], data, device, build)
     except KeyboardInterrupt:
-        print("\nstopped; the same command with --resume goes on from the last line")
+        print("\nstopped; add --resume to the same command to go on from the last evaluation")
         return 130
+    return 0
 
 
 def compare(cfg, methods, seeds, data, device):
@@ -667,52 +688,48 @@ def compare(cfg, methods, seeds, data, device):
     settings = {s.name: getattr(cfg, s.name) for s in shared_settings(cfg)}
     settings |= {"data": data.fingerprint, "device": device.split(":")[0]}
     settings["fine_tuned"] = bool(cfg.init_from)
+    if kind_of(cfg.dataset) == "sums":
+        settings["n_test"] = len(data.test)  # some tasks have fewer than asked for
     runs.join_folder(cfg.out_dir, settings)
 
-    states, starts, paths, left = {}, {}, {}, {}
+    jobs = {}  # for each method: its state, its start and its checkpoint's path
     for method in methods:
         start = load_start(cfg, method, data) if cfg.init_from else None
-        name = start["name"] if start else ""
-        path = runs.checkpoint_path(cfg.out_dir, label(cfg, method), name, seeds)
-        states[method] = first_state(cfg, method, seeds, path, start)
-        starts[method] = start
-        paths[method] = path
-        left[method] = passes_left(method, states[method])
+        path = runs.checkpoint_path(cfg.out_dir, label(cfg, method), start, seeds)
+        jobs[method] = first_state(cfg, seeds, path, start), start, path
     print(f"{cfg.dataset}: {data.describe()}\nseeds {seeds}; {cfg.steps} steps of {cfg.batch_size} "
           f"on {device}, {torch.get_num_threads()} threads; all goes to {cfg.out_dir}")
 
     lines = []
+    left = {method: passes_left(method, state) for method, (state, _, _) in jobs.items()}
     at_first = sum(left.values())
     began = time.perf_counter()
-    for method in methods:
-        state = states[method]
+    for method, (state, start, path) in jobs.items():
         if not state.get("done"):
             for state in train(cfg, method, seeds, data, device, state):
-                start = starts[method]
-                content = {
+                model, _ = build(cfg, method, [0], data, "cpu")
+                runs.save_checkpoint(path, {
                     "seeds": seeds, "start": start and start["fingerprint"], "state": state,
                     "dataset": cfg.dataset, "vocabulary": dataclasses.asdict(data.vocabulary),
-                    "n_layer": cfg.n_layer, "n_head": cfg.n_head, "n_embd": cfg.n_embd,
-                }  # fmt: skip
-                runs.save_checkpoint(paths[method], content)
+                    "config": dataclasses.asdict(model.config),
+                })  # fmt: skip
                 left[method] = passes_left(method, state)
                 print(progress(method, state, began, at_first, sum(left.values())), flush=True)
-        found = result_lines(cfg, method, seeds, data, device, state, starts[method])
+        found = result_lines(cfg, method, seeds, data, state, start)
         runs.save_lines(cfg.out_dir, found)
         lines += found
 
     print(f"\n{report.table(settings, lines, cfg.baseline)}\n\n{report.verdict(settings, lines)}")
     out_dir = shlex.quote(cfg.out_dir)
-    ask = f"python sample.py --out_dir={out_dir} --method={methods[-1]} --show"
-    if isinstance(data, arith.Arithmetic):
+    ask = f"--method={shlex.quote(label(cfg, methods[-1]))} --show"
+    if kind_of(cfg.dataset) == "sums":
         ask += " --prompt=" + shlex.quote(data.decode(data.test[0, : data.prompt_len]))
-    print(f"More of it: python train.py --report --out_dir={out_dir}\nTry it: {ask}")
-    if cfg.variance:
-        variance.measure(cfg, methods, seeds[:1], data, device, build)
-    return 0
+    print(f"More of it: python train.py --report --out_dir={out_dir}\n"
+          f"Try it: python sample.py --out_dir={out_dir} {ask}")
 
 
 def passes_left(method, state):
+    """The work that is left, in units of one plain training."""
     if state.get("done"):
         return 0
     share = 1 - state.get("step", 0) / state.get("steps", 1)
@@ -720,8 +737,8 @@ def passes_left(method, state):
 
 
 def progress(method, state, began, at_first, left):
-    """One line on the last evaluation: the numbers of the first four seeds, and the time left, if
-    the passes that are left take as long as those made since the beginning."""
+    """A line on the last evaluation: the scores of up to four seeds, and an estimate of the time
+    left. It takes all passes to be equally long."""
     line = f"{method:>20} step {state['step']:>5}/{state['steps']}"
     for name, values in state["curve"][-1].items():
         if name in ("loss", "accuracy", "nll") and values[0] is not None:

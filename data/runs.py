@@ -1,11 +1,12 @@
 """A run's files: its folder, its checkpoints and its result lines.
 
 One folder holds one comparison. Its runs may differ in their method, the method's own settings,
-the seed and the pretrained start. All other settings are the same, and stand in settings.json:
+the seed and the pretrained start. All other settings are the same for all runs:
 
-    OUT_DIR/settings.json          the settings that all runs of this folder share
-    OUT_DIR/results.jsonl          a line for each method, start and seed
-    OUT_DIR/METHOD/ckpt_SEED.pt    the checkpoint of the seeds trained together, SEED being the first
+    OUT_DIR/settings.json              the settings that all runs of this folder share
+    OUT_DIR/results.jsonl              a line for each method, start and seed
+    OUT_DIR/METHOD/ckpt_SEEDxN.pt      the checkpoint of N seeds trained together, the first is SEED
+    OUT_DIR/METHOD/ckpt_START_SEEDxN.pt      the same for a fine-tuning that began at START
 
 Under torchrun each process trains a share of the seeds. Seeds share nothing, so the processes need
 not talk to each other: they only take turns at writing results.jsonl.
@@ -21,7 +22,7 @@ import filelock
 import numpy as np
 import torch
 
-VERSION = 5  # of checkpoints and result lines; a change of the model or of the draws is a new one
+VERSION = 5  # of checkpoints; raise it when the model or the random draws change
 
 
 def fail(message):
@@ -45,6 +46,11 @@ def torchrun_share():
     fail(f"RANK={rank} and WORLD_SIZE={world_size} do not fit: unset both, or start with torchrun")
 
 
+def stem(path):
+    """The name of a file or folder, without folders before it and ending: a/b.txt -> b."""
+    return os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
+
+
 def fingerprint(*parts):
     """8 hex digits that stand for the content of tensors, arrays, lists or text."""
     content = hashlib.sha256()
@@ -57,7 +63,7 @@ def fingerprint(*parts):
 
 
 # --------------------------------------------------------------------------------------------------
-# Files. A file gets its name only when it is whole, so a killed run never damages an older one.
+# Files. A file is written under a temporary name, then renamed, so a killed run damages no file.
 
 
 def write(path, save):
@@ -74,7 +80,7 @@ def write(path, save):
 
 
 def write_lines(path, lines):
-    """Write dictionaries as JSON, one a line."""
+    """Write a file with a line of JSON for each dictionary. A string is written as it is."""
 
     def save(name):
         with open(name, "w", encoding="utf-8") as f:
@@ -99,24 +105,9 @@ def lock(out_dir, share):
         yield
 
 
-@contextlib.contextmanager
-def enough_memory():
-    """Say in one line when memory runs out."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as e:
-        if not is_out_of_memory(e):
-            raise
-        fail("out of memory: lower --n_seeds, --batch_size, --n_embd, --n_layer or --block_size")
-
-
-def is_out_of_memory(error):
-    said = f"{error!r}".lower()  # on a CPU torch has no error class of its own for this
-    return any(word in said for word in ("out of memory", "memoryerror", "alloc", "overflow"))
-
-
 def guarded(main):
-    """Run a program's main function. Ctrl-C, a closed pipe or a full disk end it in one line."""
+    """Run a program's main function. Faults that no setting can be blamed for end it in one line:
+    Ctrl-C, a closed pipe, a full disk, too little memory."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # any text can be printed on any terminal
     try:
@@ -127,10 +118,14 @@ def guarded(main):
         print("\nstopped", file=sys.stderr)
         return 130
     except OSError as e:
-        sys.stdout = open(os.devnull, "w")  # nobody listens any more
+        sys.stdout = open(os.devnull, "w")  # flushing it at exit would fail again
         if not isinstance(e, BrokenPipeError):
             fail(e)
         return 1
+    except (RuntimeError, MemoryError) as e:  # on a CPU torch has no error class for this
+        if "memory" not in repr(e).lower():
+            raise
+        fail("out of memory: lower --n_seeds, --batch_size, --n_embd, --n_layer or --block_size")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -155,22 +150,22 @@ def read_settings(out_dir):
 
 
 def join_folder(out_dir, settings):
-    """Write the shared settings of a new folder. Refuse a run whose settings are others."""
+    """Write the settings of a new folder. For an old one, refuse settings that differ from its."""
     theirs = read_settings(out_dir)
     if theirs is None:
         if glob.glob(os.path.join(glob.escape(out_dir), "results*.jsonl")):
             fail(f"{out_dir} has results of an older version: take another --out_dir")
         theirs = settings
     differ = [f"{name} {theirs.get(name)}, not {value}" for name, value in settings.items()
-              if theirs.get(name) != value and name != "dataset"]  # "data" says it better
+              if theirs.get(name) != value and name != "dataset"]  # its fingerprint "data" decides
     if differ:
         fail(f"the runs in {out_dir} have {'; '.join(differ)[:300]}: take another --out_dir")
     write_lines(os.path.join(out_dir, "settings.json"), [theirs])
 
 
 def read_lines(path):
-    """The result lines (dictionaries) in a file, and the text of lines that cannot be read, as two
-    lists. Each of the latter is reported, and never lost: save_lines writes it back."""
+    """(lines, damaged): the lines as dictionaries, and the text of those that cannot be read.
+    A damaged line causes a warning. save_lines writes it back, so nothing is lost."""
     good = []
     damaged = []
     with open(path, encoding="utf-8-sig", errors="replace", newline="\n") as f:
@@ -188,13 +183,15 @@ def read_lines(path):
     return good, damaged
 
 
+def run_of(line):
+    return line["method"], line["start"], line["seed"]
+
+
 def read_results(out_dir):
     """All result lines of a folder. Where a run is there twice, the later line counts."""
-    found = {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(out_dir), "results*.jsonl"))):
-        for line in read_lines(path)[0]:
-            found[line["method"], line["start"], line["seed"]] = line
-    return list(found.values())
+    path = os.path.join(out_dir, "results.jsonl")
+    lines, _ = read_lines(path) if os.path.exists(path) else ([], [])
+    return list({run_of(line): line for line in lines}.values())
 
 
 def save_lines(out_dir, lines):
@@ -202,7 +199,7 @@ def save_lines(out_dir, lines):
     path = os.path.join(out_dir, "results.jsonl")
     with filelock.FileLock(os.path.join(out_dir, "lock.results")):
         old, damaged = read_lines(path) if os.path.exists(path) else ([], [])
-        every = {(line["method"], line["start"], line["seed"]): line for line in old + lines}
+        every = {run_of(line): line for line in old + lines}
         write_lines(path, [*every.values(), *damaged])
 
 
@@ -211,8 +208,15 @@ def save_lines(out_dir, lines):
 
 
 def checkpoint_path(out_dir, method, start, seeds):
-    name = "_".join(["ckpt", *([start] if start else []), str(seeds[0])])
-    return os.path.join(out_dir, method, f"{name}.pt")
+    """start: None, or a dictionary with a "name"."""
+    start_name = f"{start['name']}_" if start else ""
+    return os.path.join(out_dir, method, f"ckpt_{start_name}{seeds[0]}x{len(seeds)}.pt")
+
+
+def checkpoints_beside(path):
+    """The paths of all checkpoints of the same method and start."""
+    folder, name = os.path.split(path)
+    return sorted(glob.glob(os.path.join(glob.escape(folder), name.rpartition("_")[0] + "_*x*.pt")))
 
 
 def save_checkpoint(path, content):
@@ -226,23 +230,21 @@ def load_checkpoint(path):
     except OSError as e:
         fail(f"cannot read {path}: {e.strerror or e}")
     except Exception as e:  # whatever torch makes of a file that is damaged or not its own
-        if is_out_of_memory(e):
-            fail(f"not enough memory to read {path}")
-        fail(f"{path} is damaged, or no checkpoint: move it away and train again")
+        why = str(e).partition("\n")[0][:100]
+        fail(f"{path} is no checkpoint, or damaged, or too large ({why}): move it away")
     if not isinstance(checkpoint, dict) or checkpoint.get("version") != VERSION:
         fail(f"{path} is of another version of this code: train again in another --out_dir")
     return checkpoint
 
 
 def find_checkpoint(out_dir, method, seed=None):
-    """The checkpoint of a method that holds a seed, by default the smallest there is. Its "weights"
-    are that seed's, with one row for each parameter."""
-    paths = glob.glob(os.path.join(glob.escape(out_dir), method, "ckpt*.pt"))
+    """The newest checkpoint of a method with a given seed, or with the smallest seed there is.
+    "weights" holds this seed's parameters, each with a single row."""
+    paths = glob.glob(os.path.join(glob.escape(os.path.join(out_dir, method)), "ckpt*.pt"))
     found = {}
-    for path in sorted(paths):
+    for path in sorted(paths, key=os.path.getmtime):
         checkpoint = load_checkpoint(path)
-        for s in checkpoint["seeds"]:
-            found.setdefault(s, checkpoint)
+        found |= {s: checkpoint for s in checkpoint["seeds"]}
     if not found:
         fail(f"there is no checkpoint of {method} in {out_dir}: train it, or check the path")
     seed = min(found) if seed is None else seed

@@ -5,8 +5,8 @@ block_size + 1 tokens. Its first token is the prompt and the others are the resp
 has nanoGPT's loss at the same block_size, and an MDM answers the very same question as the ARM:
 -log p(block_size tokens | the token before them).
 
-`python data/text.py FILE` shows the size and the beginning of a text. FILE may be
-shakespeare_char: Tiny Shakespeare, a million characters that nanoGPT uses too, lies beside this file.
+`python data/text.py FILE` shows the size and the beginning of a text. Without FILE it shows
+shakespeare_char: Tiny Shakespeare, nanoGPT's million characters, in the file shakespeare.txt.gz.
 """
 import gzip
 import os

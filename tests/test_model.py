@@ -141,7 +141,7 @@ def test_sample_gradients_are_autograd():
 def test_generate_fills_in_what_is_masked_and_only_that(steps, order):
     """The first token kept is the surest one, the leftmost one, or any."""
     model = make()
-    x = tokens(3, 2, T)
+    x = tokens(3, 9, T)
     x[..., 4:] = V
     x[0, 0, 6] = 3
     x[1, 1, 5:] = 2
@@ -156,7 +156,7 @@ def test_generate_fills_in_what_is_masked_and_only_that(steps, order):
         first = kept.int().argmax(-1)
         wanted = {"confidence": (p * hidden).argmax(-1), "left": hidden.int().argmax(-1)}
         assert torch.equal(first, wanted.get(order, first))
-        assert len(first.unique()) > 1 or order == "left"
+        assert len(first.unique()) > 1 or order != "random"
 
 
 def test_arm_generates_left_to_right():

@@ -204,6 +204,7 @@ def test_epochs_leave_out_nothing():
     assert counts.max() - counts.min() <= 1
     windows, _, _ = blocks("mdm", [1], n_train=10, in_epochs=False)  # of a text, at random
     assert windows.min() == 0 and windows.max() == 9
+    assert not torch.equal(windows[:64], windows[64:])
     assert any(len(part.unique()) < 10 for part in windows.flatten().split(10))
 
 
@@ -325,6 +326,8 @@ def test_a_diverged_seed_harms_no_other(method, monkeypatch):
     moved = found[2]["model"]["wte"] - found[1]["model"]["wte"]
     assert moved[0].abs().max() < 1e-3 < moved[1].abs().max()
     assert found[2]["gradclip"][0] <= 6
+    *_, resumed = states(method, "--steps=160", "--eval_every=80", state=found[1])
+    assert resumed["diverged"].tolist() == [6, 0]
 
     weights = dict(found[0]["model"])  # seeds whose weights are too large from the start
     weights["head.weight"] = torch.full_like(weights["head.weight"], 1e38)

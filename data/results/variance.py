@@ -94,7 +94,7 @@ def measure(cfg, methods, seeds, data, device, build):
                 model.load_state_dict(runs.find_checkpoint(folder, base, seed)["weights"])
             row |= measured(cfg, method, model, data, pos, seeds[0], at)
         plain = plain or row
-        cells = [row["law"] / plain["law"], row["start"] / plain["start"], row["end"] / plain["end"]]
+        cells = [row[name] / plain[name] for name in ("law", "start", "end")]
         print(f"{method:22}{row['passes']:^6}{row['law']:8.2f}{cells[0]:11.3f}{cells[1]:26.3f}"
               f"{cells[2]:16.3f}", flush=True)
         rows.append(row)
