@@ -316,7 +316,7 @@ def second_moment(counts, H, t, n, eps=EPS):
     lengths = torch.as_tensor(n).cpu().double().view(-1)
     n = int(lengths.median())
     share = (counts / lengths[:, None]).mean(0)  # of hidden tokens, (n_counts,)
-    mean_square = (H.cpu().double() / counts).square().mean(-2)  # of a hidden token's loss
+    mean_square = (H.detach().cpu().double() / counts).square().mean(-2)  # per hidden token
     k = torch.arange(1, n + 1).double()
     every_k = np.apply_along_axis(lambda y: np.interp(k / n, share, y), -1, mean_square.numpy())
     p = rate_to_p_mask(t.cpu().double(), eps)[:, None]
@@ -344,6 +344,7 @@ def fit_epr(t, curve, n_starts=20, n_steps=200):
     """Fit EPR to a curve (..., Q) at t (Q,): the theta (..., 6) with the least KL(curve || q).
     As in the paper, we keep the best of n_starts random starts. The paper uses L-BFGS. Adam treats
     every curve and every start separately, so seeds do not affect each other."""
+    t = t.clone()  # a clone is an ordinary tensor, also in inference mode
     target = (curve / curve.sum(-1, keepdim=True)).clone().unsqueeze(-2)
     theta = 2 * torch.randn(n_starts, 6, generator=torch.Generator().manual_seed(0)).to(target)
     theta = theta.expand(*curve.shape[:-1], -1, -1).clone().requires_grad_()

@@ -356,18 +356,18 @@ def test_the_pilots_masks_have_the_counts_they_say():
 
 
 def test_the_curve_of_long_and_of_different_responses():
-    """If every hidden token costs 2, E[l^2 | t] = 4 (1 + (1-t) / (n t)): for 64 tokens and 16
-    counts; and with the median n for 2, 64 and 64 tokens. Equal lengths are as good as one length."""
-    t = float64([0.02, 0.3, 0.9])
+    """If every hidden token costs 2, E[l^2 | t] = 4 (1 + (1-t) / (n t)), for 64 tokens and 16
+    counts. With 8, 64 and 64 tokens n is the median, and a cost may depend on k/n (to 15 %)."""
+    t = float64([0.1, 0.3, 0.9])
     wanted = 4 * (1 + (1 - t) / (64 * t))
-    n = torch.tensor([2, 64, 64])
+    n = torch.tensor([8, 64, 64])
     counts = 1 + (torch.linspace(0, 1, 16) * (n[:, None] - 1)).round().long()
     one = mdm.second_moment(counts[1], 2 * counts[1:], t, 64, eps=0)
     torch.testing.assert_close(one, wanted)
     torch.testing.assert_close(mdm.second_moment(counts, 2 * counts, t, n, eps=0), wanted)
-    H = torch.rand(2, 16, generator=seeded())
-    same = mdm.second_moment(counts[1:], H, t, n[1:])
-    torch.testing.assert_close(same, mdm.second_moment(counts[1], H, t, 64))
+    H = counts * counts / n[:, None]
+    one = mdm.second_moment(counts[1], H[1:], t, 64, eps=0)
+    torch.testing.assert_close(mdm.second_moment(counts, H, t, n, eps=0), one, rtol=0.15, atol=0)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])

@@ -188,8 +188,9 @@ def test_methods_and_seeds_share_a_folder_and_other_settings_get_another():
     name = "add2_n_test32_n_layer1_n_head2_n_embd16_steps4_batch_size8{}_eval_every2_devicecpu"
     folder = Path("out", name.format(""))
     assert {path.name for path in Path("out").iterdir()} == {folder.name, name.format("_lr0.1")}
-    runs_there = [("mdm", "", 1), ("ppots", "", 1), ("ppots ppots_fit=grid", "", 5),
-                  ("ppots ppots_fit=grid", "", 1), ("exactk", "", 5), ("exactk", "", 1)]  # fmt: skip
+    grid = "ppots ppots_fit=grid"
+    runs_there = [("mdm", "", 1), ("ppots", "", 1), (grid, "", 5), (grid, "", 1),
+                  ("exactk", "", 5), ("exactk", "", 1)]  # fmt: skip
     before = results(folder)
     assert list(before) == runs_there
     assert runs.newest_folder() == str(folder)
@@ -289,10 +290,10 @@ def test_two_processes_share_the_seeds(capsys, monkeypatch):
     run(*flags, "--out_dir=alone")
     wanted = results("alone")
     found = results("o")
-    assert set(found) == set(wanted) and Path("o/mdm/ckpt_2.pt").exists()
+    assert set(found) == set(wanted) and len(list(Path("o/mdm").glob("*.pt"))) == 2
     for key, line in found.items():
         assert line["nll"] == pytest.approx(wanted[key]["nll"], rel=1e-3)
-    assert "seeds [3, 1], not [3, 1, 2]" in refused(capsys, *flags, "--resume")
+    assert "not [3, 1, 2]: --resume with" in refused(capsys, *flags, "--resume")
     smallest = runs.find_checkpoint("o", "mdm")["weights"]
     first = runs.find_checkpoint("alone", "mdm", 1)["weights"]
     torch.testing.assert_close(smallest, first, rtol=1e-3, atol=1e-4)
@@ -313,7 +314,11 @@ def test_resume_trains_nothing_again(capsys):
     assert len(evaluations) == 3 and all("exactk" in line for line in evaluations)
     after = results("o")
     assert {key: after[key] for key in before} == before
-    assert "seeds [1], not [1, 2]" in refused(capsys, "--resume", "--seeds=1,2")
+    assert "seeds [1], not [1, 2]: --resume" in refused(capsys, "--resume", "--seeds=1,2")
+    run("--seeds=1,2")
+    capsys.readouterr()
+    run("--seeds=1,2", "--resume")  # now both are there, beside the checkpoint of seed 1 alone
+    assert " step " not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("main, place", [(sample.main, "mdm.generate"),
@@ -347,7 +352,7 @@ def test_fine_tuning_starts_every_seed_at_one_model(trained, capsys):
     for base, method in (("arm", "arm"), ("mdm", "ppots_mirror")):
         for seed in (1, 3):
             weights = runs.find_checkpoint(trained, base, seed)["weights"]
-            path = Path("f", method, f"ckpt_add2-{seed}_7.pt")
+            path = runs.checkpoint_path("f", method, {"name": f"add2-{seed}"}, [7, 8])
             for name, value in runs.load_checkpoint(path)["state"]["model"].items():
                 assert torch.equal(value, weights[name].expand_as(value))
     capsys.readouterr()
@@ -361,7 +366,7 @@ def test_fine_tuning_starts_every_seed_at_one_model(trained, capsys):
 
 @pytest.mark.parametrize("flag, words", {
     "--n_embd=32": "n_embd", "--n_layer=2": "n_layer", "--n_head=4": "n_head",
-    "--dataset=add3": "length", "--dataset=sum8": "vocabulary", "--init_seed=9": "seed 9",
+    "--dataset=add3": "block_size", "--dataset=sum8": "vocab", "--init_seed=9": "seed 9",
     "--init_from=nowhere": "no checkpoint",
 }.items())  # fmt: skip
 def test_a_start_that_does_not_fit_is_refused(flag, words, trained, capsys):
@@ -400,7 +405,7 @@ def test_training_on_text_refuses(flags, words, capsys):
 
 
 @pytest.mark.parametrize("flags, words", {
-    "--prompt=12": "not like", "--prompt=12+34=0000": "not like", "--prompt=_2+34=": "not like",
+    "--prompt=12": "like 73+00=", "--prompt=12+34=0000": "like 73", "--prompt=_2+34=": "like 73",
     "--prompt=12+3x=": "'x'", "--prompt=12+34=0_ --method=arm": "gaps", "--order=up": "up",
     "--seed=9": "[1, 3]", "--method=exactk": "no checkpoint", "--method=x": "unknown method",
     "--steps=0": "at least 1", "--temperature=-1": "at least 0", "--file=nowhere": "nowhere",
@@ -413,7 +418,7 @@ def test_sampling_refuses(flags, words, trained, capsys):
 def test_a_checkpoint_that_cannot_be_used(capsys, monkeypatch):
     """No message tells to delete it."""
     run()
-    path = Path("o/mdm/ckpt_1.pt")
+    (path,) = Path("o/mdm").glob("ckpt*.pt")
     good = torch.load(path, weights_only=True)
     mine = good | {"a class that is not torch's": Path("x")}
     cut = path.read_bytes()[:1000]
@@ -423,7 +428,7 @@ def test_a_checkpoint_that_cannot_be_used(capsys, monkeypatch):
         else:
             torch.save(content, path)
         for said in (not_sampled(capsys), refused(capsys, "--resume")):
-            assert "ckpt_1.pt is" in said and "delete" not in said
+            assert f"{path} is" in said and "delete" not in said
     monkeypatch.setattr(torch, "load", Mock(side_effect=PermissionError(13, "Permission denied")))
     assert "Permission denied" in not_sampled(capsys)
 
@@ -432,28 +437,31 @@ def test_a_checkpoint_that_cannot_be_used(capsys, monkeypatch):
 def test_a_diverged_model_is_neither_sampled_nor_started_from(change, capsys):
     """One that was given up, with weights that are finite, and one whose weights are not."""
     run()
-    content = torch.load("o/mdm/ckpt_1.pt", weights_only=True)
+    (path,) = Path("o/mdm").glob("ckpt*.pt")
+    content = torch.load(path, weights_only=True)
     if change == "diverged":
         content["state"]["diverged"][0] = 3
     else:
         content["state"]["model"]["wte"][0, 0, 0] = torch.inf
-    torch.save(content, "o/mdm/ckpt_1.pt")
+    torch.save(content, path)
     assert "diverged" in not_sampled(capsys)
     assert "diverged" in refused(capsys, "--init_from=o", "--out_dir=f")
 
 
 def test_out_of_memory_and_a_full_disk_are_one_line(capsys, monkeypatch):
-    with monkeypatch.context() as patch:
-        full = OSError(28, "No space left on device")
-        patch.setattr(torch, "save", Mock(side_effect=full))
-        assert "No space left" in refused(capsys)
-        patch.setattr(train, "build", lambda *_: torch.empty(2**60))
-        assert "--n_embd" in refused(capsys)
-        patch.setattr(train, "build", lambda *_: torch.zeros(2) @ torch.zeros(3))
-        with pytest.raises(RuntimeError, match="size"):  # a bug is not mistaken for it
-            run()
+    def guarded(flags):
+        return runs.guarded(lambda: train.main(flags))
+
     run("--n_test=1", "--out_dir=p")  # one problem has no standard error, and NaN is no JSON
     assert results("p")["mdm", "", 1]["nll_se"] is None
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", Mock(side_effect=full))
+    assert "No space left" in refused(capsys, main=guarded)
+    monkeypatch.setattr(train, "build", lambda *_: torch.empty(2**60))
+    assert "--n_embd" in refused(capsys, main=guarded)
+    monkeypatch.setattr(train, "build", lambda *_: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="size"):  # a bug is not mistaken for it
+        guarded(SUMS)
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 
+from data import runs
 from data.results import figures, report
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
@@ -100,12 +101,12 @@ def test_the_table_by_hand():
     assert row["minus mdm"] == "+57.5 [7.0, 108.0]"  # of 75, 10, 75, 70: 3.182 * 31.75 / 2 = 50.5
     assert row["gradclip"] == "25%" and row["seconds"] == "10" and row["nll"] == "1.000"
     assert cells(report.table(SETTINGS, many, "two"), "mdm")["minus two"] == "-57.5 [-108.0, -7.0]"
-    assert "minus" not in report.table(SETTINGS, many, "none")
-    few = report.table(SETTINGS, many, "mdm", seeds=[1, 2])
+    assert cells(report.table(SETTINGS, many, "none"), "two")["minus none"] == "-"
+    few = report.table(SETTINGS, [line for line in many if line["seed"] in (1, 2)], "mdm")
     assert (cells(few, "two")["seed 1"], cells(few, "two")["seed 2"]) == ("0.950", "0.700")
-    assert "solved" not in few and "seed 3" not in few
+    assert "solved" not in cells(few, "two") and "worst" not in cells(few, "two")
     text = report.table(SETTINGS, text_only([line(seed=s, nll=s / 2) for s in range(1, 6)]), "mdm")
-    assert cells(text, "mdm")["worst"] == "2.500" and "solved" not in text
+    assert cells(text, "mdm")["worst"] == "2.500" and "solved" not in cells(text, "mdm")
 
 
 def test_pretrainings_are_the_units():
@@ -121,8 +122,7 @@ def test_pretrainings_are_the_units():
     assert report.wide(lines[::-1], "nll")[0] == ["a", "b"]
     sd, df = report.spread(np.array([[0.4, 0.6, 0.8], [0.5, 0.5, np.nan], [np.nan] * 3]))
     assert (sd, df) == (pytest.approx((0.08 / 3) ** 0.5), 3)
-    text = report.table(SETTINGS, lines, "mdm")
-    assert "over pretrainings" in text and "seed 1" not in text
+    assert "seed 1" not in report.table(SETTINGS, lines, "mdm")
     # A missing cell.
     lines = shuffled(arm={seed: ARM[seed] for seed in (3, 1)}, mdm=MDM)
     difference, _, size = report.compare(SETTINGS, lines, "arm", "mdm")
@@ -134,14 +134,12 @@ def test_pretrainings_are_the_units():
 def test_a_diverged_seed_is_the_worst():
     ours = "ppots_mirror"
     lines = [line(seed=1, accuracy=0.9), line(seed=2, accuracy=0.9, diverged=7),
-             line(seed=3, nll=None), line(ours, 1, 0.9), line(ours, 2, 0.9, diverged=0),
+             line(seed=3, nll=None), line(ours, 1, 0.9), line(ours, 2, 0.9, diverged=1),
              line(ours, 3, nll=math.nan)]  # fmt: skip
     assert report.wide(lines, "accuracy")[2]["mdm"].tolist() == [[0.9, 0.0, 0.5]]
     assert report.wide(lines, "nll")[2]["mdm"].tolist() == [[1.0, math.inf, math.inf]]
     assert report.wide(lines, "nll")[2][ours].tolist() == [[1.0, math.inf, math.inf]]
-    said = report.verdict(SETTINGS, lines)
-    assert "mdm, seed 2 diverged at step 7" in said
-    assert "ppots_mirror, seed 2 diverged at step 0" in said
+    assert cells(report.table(SETTINGS, lines, "mdm"), "mdm")["gradclip"] == "25% (1 diverged)"
     lines = text_only(lines)
     assert report.compare(SETTINGS, lines, ours, "mdm")[0] == (0.0, 0.0, 0.0)
     assert report.interval(np.array([1.0, math.inf]))[0] == math.inf
@@ -152,61 +150,53 @@ def test_a_diverged_seed_is_the_worst():
 def test_the_verdict():
     by_seed = {1: 0.9, 2: 0.9, 3: 0.8}
     said = report.verdict(SETTINGS, shuffled(ppots_mirror=by_seed, mdm=MDM, multi2=by_seed))
-    assert "MDM: +56.7 [-0.7, 114.0] points of accuracy (seeds: 3), not told apart." in said
-    nothing = "+0.0 [0.0, 0.0] points of accuracy (seeds: 3), not told apart."
-    assert f"Minus multi2, at the same compute: {nothing}" in said
-    assert "Add mdm_batch2,mdm_steps2 to" in said
+    assert "mdm: +56.7 [-0.7, 114.0] points of accuracy (seeds: 3), not told apart;" in said
+    assert "multi2: +0.0 [0.0, 0.0] points of accuracy (seeds: 3), not told apart;" in said
+    assert "add mdm_batch2,mdm_steps2 to" in said
     clear = report.verdict(SETTINGS, shuffled(ppots_mirror=by_seed, mdm={1: 0.1, 2: 0.1, 3: 0.1}))
-    assert "MDM: +76.7 [62.3, 91.0] points of accuracy (seeds: 3)." in clear
+    assert "mdm: +76.7 [62.3, 91.0] points of accuracy (seeds: 3);" in clear
     same = report.verdict(SETTINGS, shuffled(ppots_mirror=MDM, mdm=MDM))
-    assert f"MDM: {nothing}" in same
-    assert "SD is 1.00 [0.17, 5.98] times MDM's (of the logit of the accuracy), not told" in same
-    assert (report.told((3, 2, 4), 1), report.told((3, 2, 4), 5)) == ("", "")
+    assert "SD ratio, of the logit of the accuracy: 1.00 [0.17, 5.98]" in same
     pair = [line("ppots_mirror", nll=0.5), line("mdm", nll=0.75)]
     one = report.verdict(SETTINGS, pair)
-    assert "+0.0 points of accuracy (seeds: 1), without an interval" in one and "nan" not in one
-    one = report.verdict(SETTINGS, text_only(pair))
-    assert "MDM: -0.250 nats per token (less is better)" in one
-    assert "needs mdm and ppots_mirror" in report.verdict(SETTINGS, [line("arm")])
+    assert "+0.0 points of accuracy (seeds: 1);" in one and "nan" not in one
+    assert "mdm: -0.250 nats per token" in report.verdict(SETTINGS, text_only(pair))
+    assert "add ppots_mirror,mdm,mdm_batch2" in report.verdict(SETTINGS, [line("arm")])
 
 
 def test_lines_are_read_or_named(tmp_path, capsys):
+    """Damaged lines are named once by number, and written back by the next run."""
     path = tmp_path / "results.jsonl"
     good = json.dumps(line(note="a\u2028b\x85c"), ensure_ascii=False)
-    old = json.dumps({"method": "mdm", "seed": 1, "nll": 1.0, "init": None, "init_from": ""})
-    other = ['{"method": "md', "[1]", old, '{"start": "", "seed": 3}', old, "7"]
-    path.write_text("\n".join([good, "", *other, good]) + "\r\n", encoding="utf-8-sig", newline="")
-    results, damaged = report.read_lines(path)
-    assert [line["note"] for line in results] == ["a\u2028b\x85c"] * 2
-    assert damaged == other
+    damaged = ['{"method": "md', "[1]", '{"start": "", "seed": 3}', "7"]
+    path.write_text("\n".join([good, "", *damaged, good]) + "\r\n", encoding="utf-8-sig", newline="")
+    lines, texts = runs.read_lines(path)
+    assert [line["note"] for line in lines] == ["a\u2028b\x85c"] * 2
+    assert texts == damaged
     said = capsys.readouterr().err.splitlines()
-    for number in (3, 4, 6, 8):
-        assert sum(f"{path}, line {number} is left out" in text for text in said) == 1
-    assert sum("old lines" in text and "another --out_dir" in text for text in said) == 1
-    assert len(said) == 5
+    assert [f"line {number} of {path}" in text for number, text in zip((3, 4, 5, 6), said)] == [True] * 4
+    assert len(said) == 4
+    runs.save_lines(tmp_path, [line(seed=9)])
+    lines, texts = runs.read_lines(path)
+    assert [line["seed"] for line in lines] == [1, 9]  # one line for each run
+    assert texts == damaged
     path.write_bytes(b"\xff\n" + good.encode())
-    assert len(report.read_lines(path)[0]) == 1
-    assert report.read_lines(tmp_path / "none") == ([], [])
+    assert len(runs.read_lines(path)[0]) == 1
 
 
 def test_folders(tmp_path, capsys, monkeypatch):
-    folder = write_folder(tmp_path / "[a]", [line(nll=1.0), line(seed=2, nll=5.0)])
-    (tmp_path / "[a]" / "results.z.jsonl").write_text(json.dumps(line(nll=2.0)))
-    settings, results = report.read_folder(folder)
-    assert settings == SETTINGS and [line["nll"] for line in results] == [2.0, 5.0]
+    folder = write_folder(tmp_path / "[a]", [line(nll=1.0), line(seed=2, nll=5.0), line(nll=2.0)])
+    assert [line["nll"] for line in runs.read_results(folder)] == [2.0, 5.0]
     (tmp_path / "[a]" / "settings.json").unlink()
     for bad in (str(tmp_path), folder, write_folder(tmp_path / "empty", [])):
         with pytest.raises(ValueError, match="has no results"):
-            report.read_folder(bad)
+            report.main([bad], "mdm")
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     lines = shuffled(ppots_mirror=ARM, mdm=MDM)
-    report.main([write_folder(tmp_path / "b", lines)], "mdm")
+    assert report.main([write_folder(tmp_path / "b", lines)], "mdm") == 0
     said = capsys.readouterr().out
-    spread = "SD of ppots_mirror / SD of mdm, of the logit of the accuracy: 1.59 [0.27, 9.52], not"
-    for words in ("batch_size 8", "minus mdm", spread, "P-POTS+", "pip install matplotlib"):
+    for words in ("batch_size 8", "minus mdm", "1.59 [0.27, 9.52]", "pip install matplotlib"):
         assert words in said
-    report.main([str(tmp_path / "b")], "none")
-    assert "--baseline=none is not among" in capsys.readouterr().out
 
 
 def test_figures(tmp_path, capsys):
@@ -218,13 +208,12 @@ def test_figures(tmp_path, capsys):
     report.main([large], "mdm")
     for name in ("small/seeds.png", "small/curves.png", "large/seeds.png", "large/curves.png"):
         assert (tmp_path / name).read_bytes()[:4] == b"\x89PNG"
-    assert "some have none" in figures.write([(d, *report.read_folder(d)) for d in (small, large)])
-    write_folder(tmp_path / "large", lines, batch_size=64)
-    folders = [(d, *report.read_folder(d)) for d in (large, small)]
-    axes = figures.batches(folders).axes[0]
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["8", "64"]
-    (mdm,) = [drawn for drawn in axes.lines if drawn.get_label() == "mdm"]
-    assert mdm.get_ydata() == pytest.approx([0.225, 0.225])  # of .2, .6, .1 and 0
+    folders = [(d, SETTINGS, runs.read_results(d)) for d in (small, large)]
+    assert "some have none" in figures.write(folders)
+    axes = figures.seeds([folders[0]] * 2).axes
+    assert [ax.get_title() for ax in axes] == ["small"] * 2
+    names = [label.get_text() for label in axes[0].get_yticklabels()]
+    assert names == ["mdm", "ppots_mirror"] or names == ["ppots_mirror", "mdm"]
     lost = line("mdm", 4, curve=[{"step": 10, "accuracy": 0.0}])
     curves = figures.curves(shuffled(mdm=MDM) + [lost] + [line(str(i)) for i in range(8)])
     assert len(curves.axes) == 8 and curves.axes[0].lines[0].get_color() == figures.BLUE
@@ -232,7 +221,8 @@ def test_figures(tmp_path, capsys):
     assert mean.get_xydata() == pytest.approx(np.array([[0, 0], [20, 0.3]]))
     assert len(curves.axes[0].lines[-1].get_xydata()) == 0  # no step has all four runs
     low, high = report.interval(np.array([0.2, 0.6, 0.1]))[1:]
-    drawn = figures.seeds(shuffled(mdm=MDM)).axes[0].lines[0]
+    drawn = figures.seeds([("a", SETTINGS, shuffled(mdm=MDM))]).axes[0].lines[0]
     assert drawn.get_xdata() == pytest.approx([low, high])
-    (tmp_path / "large" / "batches.png").mkdir()
-    assert "cannot be written" in figures.write(folders)
+    (tmp_path / "small" / "seeds.png").unlink()
+    (tmp_path / "small" / "seeds.png").mkdir()
+    assert "cannot be written" in figures.write(folders[:1])

@@ -39,8 +39,13 @@ def states(method, *flags, seeds=(42, 7), state=None):
     return list(train.train(cfg, method, list(seeds), data, state=state))
 
 
-def same_weights(a, b):
-    return all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+def same(a, b):
+    """Equal to the bit: lists and dictionaries of tensors and other things."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[name], b[name]) for name in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 # ---- An independent loop. Every formula is written out, with numbers in place of the settings.
@@ -236,7 +241,8 @@ def test_a_batch_of_seeds_is_the_seeds_one_by_one(method):
 def test_ema_trains_as_plain_training_does_to_the_bit():
     plain = states("mdm")[-1]
     ema = states("ema")[-1]
-    assert same_weights(plain, ema) and not same_weights(plain, states("mirror")[-1])
+    assert same(plain["model"], ema["model"])
+    assert not same(plain["model"], states("mirror")[-1]["model"])
     assert plain["curve"][0] == ema["curve"][0] and plain["curve"][1] != ema["curve"][1]
 
 
@@ -253,12 +259,10 @@ def test_stopped_and_continued_is_uninterrupted(method):
         torch.save(state, "state.pt")
         for begin in (state, torch.load("state.pt", weights_only=True)):
             *_, end = train.train(cfg, method, [42, 7], data, state=begin)
-            seconds = end.pop("seconds")
-            assert seconds > state["seconds"]
-            wanted = kept[-1] | {"seconds": seconds}
-            torch.testing.assert_close(end | {"seconds": seconds}, wanted, rtol=0, atol=0)
-    torch.testing.assert_close(kept, copied, rtol=0, atol=0)
-    assert not any(same_weights(a, b) for a, b in zip(kept, kept[1:]))
+            assert end["seconds"] > state["seconds"]
+            assert same(end | {"seconds": 0}, kept[-1] | {"seconds": 0})
+    assert same(kept, copied)
+    assert not any(same(a["model"], b["model"]) for a, b in zip(kept, kept[1:]))
 
 
 def test_evaluation_leaves_training_alone():
@@ -267,7 +271,7 @@ def test_evaluation_leaves_training_alone():
     often = states("ppots_mirror", "--eval_every=1")
     once = states("ppots_mirror", "--eval_every=12")
     assert [state["step"] for state in often] == [*range(13)] and len(once) == 2
-    assert same_weights(often[-1], once[-1])
+    assert same(often[-1]["model"], once[-1]["model"])
     mean = np.mean([point["loss"] for point in often[-1]["curve"][1:]], axis=0)
     assert once[-1]["curve"][-1]["loss"] == pytest.approx(mean, rel=1e-5)
     assert torch.equal(before, torch.get_rng_state())  # nothing is drawn from the global stream
@@ -313,7 +317,7 @@ def test_the_gradient_is_clipped_for_each_seed_by_itself():
 def test_a_diverged_seed_harms_no_other(method, monkeypatch):
     """Its loss is not finite in one step. From then on its gradient counts as 0, for good."""
     true_loss = train.sequence_loss
-    factors = iter([1.0] * 5 + [torch.nan] + [1.0] * 200)
+    factors = iter([1.0] * 5 + [torch.nan] + [1.0] * 500)
 
     def with_a_gap(*args):
         return true_loss(*args) * torch.tensor([[next(factors)], [1.0]])
