@@ -115,15 +115,15 @@ def parse_args(argv=None):
     )
     parser.error = fail
     for s in SETTINGS:
-        kind = {"action": "store_true"}
-        if s.default is not False:
+        kind = {"action": "store_true"}  # a switch
+        if s.default is not False:  # a value
             kind = {"type": type(s.default), "metavar": type(s.default).__name__}
         why = f"{s.only}: {s.why}" if s.only else s.why
         if s.default and s.default != -1:
             why += f" [{s.default}]"
         parser.add_argument(f"--{s.name}", help=why, **kind)
     given = vars(parser.parse_args(argv))  # only the flags that were typed
-    for name in {"out_dir", "init_from", "dataset"} & given.keys():
+    for name in {"out_dir", "init_from", "dataset"} & given.keys():  # ~ is the home folder
         given[name] = ",".join(os.path.expanduser(part) for part in given[name].split(","))
     cfg = argparse.Namespace(**defaults(given.get("dataset", "add3")) | given)
     try:
@@ -140,9 +140,9 @@ def parse_seeds(cfg):
     """The seeds as a list. By default the paper's three come first, then 0, 1, 2, ..."""
     if not cfg.seeds:
         others = [seed for seed in range(cfg.n_seeds) if seed not in PAPER_SEEDS]
-        return (PAPER_SEEDS + others)[: cfg.n_seeds or 3]
+        return (PAPER_SEEDS + others)[: cfg.n_seeds or 3]  # n_seeds is 0 if it was not given
     seeds = cfg.seeds.split(",")
-    whole = all(seed.isdecimal() and len(seed) < 19 for seed in seeds)
+    whole = all(seed.isdecimal() and len(seed) < 19 for seed in seeds)  # they must fit int64
     if not whole or len(set(map(int, seeds))) < len(seeds):
         fail(f"--seeds={cfg.seeds}: give different whole numbers, commas between")
     if cfg.n_seeds:
@@ -154,7 +154,7 @@ def check_values(cfg):
     """Refuse numbers outside their limits, and words nobody knows."""
     for s in SETTINGS:
         value = getattr(cfg, s.name)
-        if isinstance(s.low, list) and value not in s.low:
+        if isinstance(s.low, list) and value not in s.low:  # words
             fail(f"--{s.name}={value} is none of {', '.join(s.low)}")
         if s.high is not None and not s.low <= value <= s.high:
             fail(f"--{s.name}={value} is not between {s.low} and {s.high}")
@@ -164,7 +164,7 @@ def check_values(cfg):
 
 def check_effects(cfg, given, methods):
     """Refuse settings and words that would change nothing."""
-    there = {kind_of(cfg.dataset)}.union(*map(mdm.parse_method, methods))
+    there = {kind_of(cfg.dataset)}.union(*map(mdm.parse_method, methods))  # "sums", "mirror", ...
     for s in SETTINGS:
         if s.name in given and s.only and s.only not in there:
             fail(f"--{s.name} has an effect on {s.only} only, and there is none: leave it out")
@@ -186,7 +186,7 @@ def load_data(cfg, methods):
         data.isad = data.encode(cfg.isad_tokens) if cfg.isad_tokens else data.rare
     except ValueError as e:
         fail(e)
-    words = set().union(*map(mdm.parse_method, methods))
+    words = set().union(*map(mdm.parse_method, methods))  # of all methods together
     response = data.test[:, data.prompt_len :]
     if "isad" in words and not torch.isin(response, torch.tensor(data.isad).long()).any():
         fail(f"isad: none of its tokens is in a response of {cfg.dataset}: see --isad_tokens")
@@ -204,7 +204,7 @@ PURPOSES = ["init", "data", "rate", "mask", "pilot"]
 
 def stream(seed, purpose, part=0, device="cpu"):
     key = np.random.SeedSequence([seed, PURPOSES.index(purpose), part]).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(key[0]))
+    return torch.Generator(device).manual_seed(int(key[0]))  # two names never share a key
 
 
 def epochs(seed, first, count, n_train, device):
@@ -225,7 +225,7 @@ def random_numbers(words, seeds, first_step, B, n, n_train, in_epochs, device):
     # Numbers are drawn for a chunk of K steps at once, which is faster. K must not depend on the
     # seeds. Otherwise a seed's numbers would depend on the others.
     K = max(1, min(64, 2**20 // (B * n)))
-    r_shape = (2, B, n) if "multi2" in words else (B, n)
+    r_shape = (2, B, n) if "multi2" in words else (B, n)  # two independent masks, or one
     for chunk in itertools.count(first_step // K):
         idx, u, r = [], [], []
         for seed in seeds:
@@ -238,8 +238,8 @@ def random_numbers(words, seeds, first_step, B, n, n_train, in_epochs, device):
             u.append(1 - torch.rand(K, B, generator=draw, device=device))  # in (0, 1]
             draw = stream(seed, "mask", chunk, device)
             r.append(torch.rand(K, *r_shape, generator=draw, device=device))
-        idx = torch.stack(idx, 1)
-        u = torch.stack(u, 1)
+        idx = torch.stack(idx, 1)  # (K, S, B)
+        u = torch.stack(u, 1)  # (K, S, B)
         r = torch.stack(r, -3)  # the seed axis goes just before (B, n)
         for i in range(K):
             if chunk * K + i >= first_step:
@@ -257,7 +257,7 @@ def build(cfg, method, seeds, data, device):
     T = data.test.shape[1]  # prompt and response
     causal = "arm" in words  # the only difference between the networks
     config = mdm.GPTConfig(V, T, cfg.n_layer, cfg.n_head, cfg.n_embd, causal)
-    model = mdm.GPT(config, [stream(seed, "init") for seed in seeds])
+    model = mdm.GPT(config, [stream(seed, "init") for seed in seeds])  # each with its own weights
     pos = list(range(data.prompt_len, T))
     if "syrm" in words:  # the prompt's symbols are hidden and predicted too
         pos = [*data.structural, *pos]
@@ -276,7 +276,7 @@ def sequence_loss(model, words, x0, pos, u, r, table, rare, eps):
     """The loss of each sequence, (S, B), for x0 (S, B, T)."""
     if "arm" in words:
         return mdm.token_nll(model, x0, pos).mean(-1)
-    is_rare = torch.isin(x0[..., pos], rare) if "isad" in words else None
+    is_rare = torch.isin(x0[..., pos], rare) if "isad" in words else None  # (S, B, n)
     masking = words & mdm.MASKING.keys()  # the other words change the training loop
     mask, weight = mdm.draw_masks(masking, u, r, table, eps, is_rare)
     return mdm.method_loss(model, x0, pos, mask, weight)
@@ -323,7 +323,7 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
         model.load_state_dict(state["model"])
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
-    diverged = state["diverged"].to(device)
+    diverged = state["diverged"].to(device)  # a checkpoint is loaded on the CPU
     gradclip = state["gradclip"].to(device)
     table = state["table"].to(device)
     ema = state["ema"].to(device)
@@ -352,7 +352,7 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
             state = state | {"pilot": state["pilot"] + n_pilot * min(len(pos), mdm.N_COUNTS)}
 
         # The loss of each sequence, (S, B).
-        idx, u, r = next(numbers)
+        idx, u, r = next(numbers)  # which sequences, at which rates, which masks
         x0 = train_x[idx].long()  # (S, B, T)
         loss = loss_of(model, words, x0, pos, u, r, table, rare, cfg.eps)
         if "ema" in words:
@@ -391,7 +391,7 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
         if state["done"]:
             break
         loss_sum = torch.zeros_like(loss_sum)
-        began = time.perf_counter()
+        began = time.perf_counter()  # saving the state does not count
 
 
 def snapshot(state, model, optimizer, **changes):
@@ -449,7 +449,7 @@ def evaluate(model, data, quick=False):
     scores = {}
     if isinstance(data, arith.Arithmetic):
         scores["accuracy"] = accuracy(model, data, 512 if quick else None).tolist()
-    nll = bound(model, data, 128 if quick else 512)
+    nll = bound(model, data, 128 if quick else 512)  # (S, n_sequences)
     scores["nll"] = nll.mean(1).tolist()
     scores["nll_se"] = (nll.std(1) / nll.shape[1] ** 0.5).tolist()
     return scores
@@ -473,7 +473,7 @@ def accuracy(model, data, n_problems=None):
         question = answer.clone()
         question[:, pos] = model.config.vocab_size  # hide the whole response
         for x in mdm.generate(model, question.expand(S, -1, -1), pos):
-            pass  # the last one is complete
+            pass  # only the last x is complete
         right.append((x == answer).all(-1))  # (S, rows)
     return torch.cat(right, 1).float().mean(1)
 
@@ -489,7 +489,7 @@ def bound(model, data, n_sequences):
     spread = torch.linspace(0, len(data.test) - 1, n_sequences).round().long()  # all over the text
     x0 = data.test[spread].to(device)
     draw = torch.Generator().manual_seed(0)
-    u = 1 - torch.rand(BOUND_MASKS, n_sequences, generator=draw)
+    u = 1 - torch.rand(BOUND_MASKS, n_sequences, generator=draw)  # the same for all models
     u = (torch.arange(BOUND_MASKS)[:, None] + u) / BOUND_MASKS
     r = torch.rand(*u.shape, len(pos), generator=draw)
     mask, weight = mdm.draw_masks("exactk", u, r)  # (1, 8, n_sequences, n)
@@ -545,7 +545,7 @@ def load_start(cfg, method, data):
     """--init_from: the model to start from, {"name", "fingerprint", "weights"}."""
     base = "arm" if "arm" in mdm.parse_method(method) else "mdm"
     theirs = runs.find_checkpoint(cfg.init_from, base, None if cfg.init_seed < 0 else cfg.init_seed)
-    model, _ = build(cfg, method, [0], data, "cpu")
+    model, _ = build(cfg, method, [0], data, "cpu")  # only for its shape
     if theirs["config"] != dataclasses.asdict(model.config):
         fail(f"{cfg.init_from} has another model, {theirs['config']}: give the same settings")
     if theirs["vocabulary"] != dataclasses.asdict(data.vocabulary):
@@ -553,7 +553,7 @@ def load_start(cfg, method, data):
     if not theirs["state"]["done"]:
         fail(f"--init_from={cfg.init_from}: its {base} is unfinished: --resume it first")
     name = f"{runs.stem(theirs['dataset'])}-{theirs['seed']}"
-    known_by = runs.fingerprint(*theirs["weights"].values())
+    known_by = runs.fingerprint(*theirs["weights"].values())  # two trainings may share a name
     for line in runs.read_results(cfg.out_dir):
         same = line["start"] == name and line["method"].startswith("arm") == (base == "arm")
         if same and line["start_weights"] != known_by:
@@ -564,7 +564,7 @@ def load_start(cfg, method, data):
 def first_state(cfg, seeds, path, start):
     """The state to hand to train(): from a checkpoint (--resume), from --init_from, or none."""
     if cfg.resume:
-        for other in runs.checkpoints_beside(path):
+        for other in runs.checkpoints_beside(path):  # of the same method and start
             theirs = runs.load_checkpoint(other)
             if theirs["seeds"] == seeds and theirs["start"] != (start and start["fingerprint"]):
                 fail(f"{other} started from other weights: leave out --resume, or give its start")
@@ -583,7 +583,7 @@ def result_lines(cfg, method, seeds, data, state, start):
     """A line for each seed, for results.jsonl."""
     work = mdm.work(mdm.parse_method(method))
     B = cfg.batch_size * work.batch
-    T = data.test.shape[1]
+    T = data.test.shape[1]  # tokens of a forward pass
     n_params = sum(weights[0].numel() for weights in state["model"].values())  # of one seed
     lines = []
     for s, seed in enumerate(seeds):
@@ -655,14 +655,14 @@ def main(argv=None):
     cfg, methods, seeds = parse_args(argv)
     rank, world_size = runs.torchrun_share()
     if rank > 0:
-        sys.stdout = open(os.devnull, "w")  # one process speaks for all
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     if cfg.report:  # train nothing
         out_dirs = cfg.out_dir.split(",") if cfg.out_dir else [runs.newest_folder() or "out"]
         try:
             return report.main(out_dirs, cfg.baseline) if rank == 0 else 0
         except ValueError as e:
             fail(e)
-    data = load_data(cfg, methods)
+    data = load_data(cfg, methods)  # before the folder is made, in case it fails
     device = pick_device(cfg.device, rank)
     cfg.out_dir = cfg.out_dir or default_folder(cfg)
     if cfg.variance and "mdm" not in methods:
@@ -687,7 +687,7 @@ def compare(cfg, methods, seeds, data, device):
     """Train the methods one after another, save everything, and say what came out."""
     settings = {s.name: getattr(cfg, s.name) for s in shared_settings(cfg)}
     settings |= {"data": data.fingerprint, "device": device.split(":")[0]}
-    settings["fine_tuned"] = bool(cfg.init_from)
+    settings["fine_tuned"] = bool(cfg.init_from)  # from scratch is another comparison
     if kind_of(cfg.dataset) == "sums":
         settings["n_test"] = len(data.test)  # some tasks have fewer than asked for
     runs.join_folder(cfg.out_dir, settings)
@@ -700,14 +700,14 @@ def compare(cfg, methods, seeds, data, device):
     print(f"{cfg.dataset}: {data.describe()}\nseeds {seeds}; {cfg.steps} steps of {cfg.batch_size} "
           f"on {device}, {torch.get_num_threads()} threads; all goes to {cfg.out_dir}")
 
-    lines = []
+    lines = []  # of all methods
     left = {method: passes_left(method, state) for method, (state, _, _) in jobs.items()}
     at_first = sum(left.values())
     began = time.perf_counter()
     for method, (state, start, path) in jobs.items():
         if not state.get("done"):
             for state in train(cfg, method, seeds, data, device, state):
-                model, _ = build(cfg, method, [0], data, "cpu")
+                model, _ = build(cfg, method, [0], data, "cpu")  # for its config
                 runs.save_checkpoint(path, {
                     "seeds": seeds, "start": start and start["fingerprint"], "state": state,
                     "dataset": cfg.dataset, "vocabulary": dataclasses.asdict(data.vocabulary),
@@ -732,7 +732,7 @@ def passes_left(method, state):
     """The work that is left, in units of one plain training."""
     if state.get("done"):
         return 0
-    share = 1 - state.get("step", 0) / state.get("steps", 1)
+    share = 1 - state.get("step", 0) / state.get("steps", 1)  # 1 before the training
     return mdm.work(mdm.parse_method(method)).passes * share
 
 
@@ -744,7 +744,7 @@ def progress(method, state, began, at_first, left):
         if name in ("loss", "accuracy", "nll") and values[0] is not None:
             line += f"  {name} " + " ".join(f"{value:.2f}" for value in values[:4])
     if left < at_first:
-        seconds = int((time.perf_counter() - began) * left / (at_first - left))
+        seconds = int((time.perf_counter() - began) * left / (at_first - left))  # so far, scaled
         line += f"  ETA {seconds // 60}:{seconds % 60:02}"
     return line
 

@@ -221,6 +221,7 @@ def program(folder, flags, env):
     """In a new process: train.py, with its output in said.txt."""
     os.chdir(folder)
     os.environ.update(env)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & ignores it
     sys.stdout = open(f"said{env.get('RANK', '')}.txt", "w", buffering=1)
     sys.exit(train.main(flags))
 
@@ -233,9 +234,10 @@ def start(*flags, **env):
     return process
 
 
-def wait_for(n_evaluations):
+def wait_for(n_evaluations, process):
     said = Path("said.txt")
     while not said.exists() or said.read_text().count(" step ") < n_evaluations:
+        assert process.is_alive()
         time.sleep(0.002)
 
 
@@ -249,7 +251,7 @@ def test_resume_after_kill_9():
     rng = random.Random(0)
     for _ in range(3):
         process = start(*flags)
-        wait_for(rng.randrange(2, 10))
+        wait_for(rng.randrange(2, 10), process)
         time.sleep(rng.uniform(0, 0.03))
         process.kill()
         process.join()
@@ -266,10 +268,9 @@ def test_resume_after_kill_9():
 
 @no_fork
 def test_ctrl_c_says_how_to_go_on_and_a_second_run_is_turned_away(capsys):
-    flags = ["--steps=100000", "--eval_every=10"]
-    process = start(*flags)
-    wait_for(2)
-    assert "in use" in refused(capsys, *flags)
+    process = start("--steps=100000", "--eval_every=10")
+    wait_for(2, process)
+    assert "in use" in refused(capsys)
     os.kill(process.pid, signal.SIGINT)
     process.join(60)
     assert process.exitcode == 130
@@ -306,14 +307,16 @@ def test_two_processes_share_the_seeds(capsys, monkeypatch):
 
 
 def test_resume_trains_nothing_again(capsys):
-    run("--method=mdm,arm")
-    before = results("o")
-    capsys.readouterr()
-    run("--method=mdm,arm,exactk", "--resume")
-    evaluations = [line for line in capsys.readouterr().out.splitlines() if " step " in line]
-    assert len(evaluations) == 3 and all("exactk" in line for line in evaluations)
-    after = results("o")
-    assert {key: after[key] for key in before} == before
+    """Neither where all steps are done, nor where --until_nll has ended a training."""
+    for common in (["--out_dir=o"], ["--out_dir=u", "--until_nll=9"]):
+        run(*common, "--method=mdm,arm")
+        before = results(common[0][-1])
+        capsys.readouterr()
+        run(*common, "--method=mdm,arm,exactk", "--resume")
+        said = capsys.readouterr().out.splitlines()
+        assert {line.split()[0] for line in said if " step " in line} == {"exactk"}
+        after = results(common[0][-1])
+        assert {key: after[key] for key in before} == before
     assert "seeds [1], not [1, 2]: --resume" in refused(capsys, "--resume", "--seeds=1,2")
     run("--seeds=1,2")
     capsys.readouterr()
@@ -430,7 +433,7 @@ def test_a_checkpoint_that_cannot_be_used(capsys, monkeypatch):
         for said in (not_sampled(capsys), refused(capsys, "--resume")):
             assert f"{path} is" in said and "delete" not in said
     monkeypatch.setattr(torch, "load", Mock(side_effect=PermissionError(13, "Permission denied")))
-    assert "Permission denied" in not_sampled(capsys)
+    assert f"cannot read {path}: Permission denied" in not_sampled(capsys)
 
 
 @pytest.mark.parametrize("change", ["diverged", "model"])

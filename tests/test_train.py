@@ -381,7 +381,7 @@ def test_the_bound_takes_a_count_from_each_eighth(monkeypatch):
 
     monkeypatch.setattr(mdm, "method_loss", method_loss)
     monkeypatch.setattr(train, "rows_at_once", lambda *_: 7)
-    train.bound(model, data, 64)
+    assert train.bound(model, data, 64).shape == (1, 64)
     assert torch.equal(torch.cat(counts, 1), torch.arange(1, 9)[:, None].expand(8, 64))
 
 
