@@ -263,8 +263,9 @@ def rate_to_p_mask(t, eps=EPS):
 #     P(k) ~ 1/sqrt(k) (section 7)       (sum_k k^-1/2)^2 / n              1.94     2.67     3.33
 #
 # The law has three limits. First, its ARM is an MDM with all weights 1. A real ARM has other
-# gradients. Second, it ignores everything that tokens have in common, such as noise B. Third,
-# tokens are not equally strong: a token's gradient grows with the number of hidden tokens.
+# gradients. Second, it ignores everything that tokens have in common, such as noise B. Third, it
+# takes tokens to be equally strong, whatever k. While a model learns, they may be far from it, and
+# then the methods with one mask gain less than the law says, or more. MIRROR keeps to the law.
 
 
 # --------------------------------------------------------------------------------------------------
@@ -323,7 +324,7 @@ def second_moment(counts, H, t, n, eps=EPS):
     hidden token is taken to depend on k/n only. A rough curve causes no bias, only less of a gain.
     """
     counts = counts.cpu().double()
-    lengths = torch.as_tensor(n).cpu().double().view(-1)
+    lengths = torch.as_tensor(n).cpu().double().view(-1).clamp(min=1)
     n = int(lengths.median())
     share = (counts / lengths[:, None]).mean(0)  # of hidden tokens, (n_counts,)
     mean_square = (H.detach().cpu().double() / counts).square().mean(-2)  # per hidden token
@@ -349,7 +350,6 @@ def epr(theta, t):
 
 
 @torch.inference_mode(False)  # fitting needs gradients, whatever mode the caller is in
-@torch.enable_grad()
 def fit_epr(t, curve, n_starts=20, n_steps=200):
     """Fit EPR to a curve (..., Q) at t (Q,): the theta (..., 6) with the least KL(curve || q).
     As in the paper, we keep the best of n_starts random starts. The paper uses L-BFGS. Adam keeps
@@ -560,17 +560,16 @@ CONFLICTS = ["ppots clipped", "ppots sqrtk", "exactk sqrtk", "clipped sqrtk", "e
 
 def parse_method(name):
     """A method's words: "ppots_mirror" -> frozenset({"ppots", "mirror"}), "mdm" -> frozenset().
-    (Some write pposts.) A set of words stays as it is. Raises ValueError for any other name."""
-    if not isinstance(name, str):
-        return frozenset(name)
-    words = name.strip().lower().replace("pposts", "ppots").split("_")
+    name may be a set of words, too. Raises ValueError if the words make no sense."""
+    words = list(name)
+    if isinstance(name, str):
+        words = name.strip().lower().replace("pposts", "ppots").split("_")  # both are spelt
     known = {"mdm", *MASKING, *TRAINING}
-    unknown = [word for word in words if word not in known]
-    if unknown or len(words) > len(set(words)):
-        raise ValueError(f"unknown method '{name}': use words of {' '.join(known)} joined by _")
+    if not known.issuperset(words) or len(words) > len(set(words)):
+        raise ValueError(f"unknown method '{name}': join words of {' '.join(known)} by _")
     for pair in CONFLICTS:
         if set(pair.split()) <= set(words):
-            raise ValueError(f"method '{name}' joins {pair.replace(' ', ' and ')}: choose one")
+            raise ValueError(f"method '{name}': choose one of {pair}")
     if "arm" in words and set(words) - {"arm", "batch2", "steps2"}:
         raise ValueError(f"method '{name}': an arm has no masks, only batch2 or steps2 go with it")
     return frozenset(words) - {"mdm"}
@@ -631,7 +630,7 @@ def draw_masks(method, u, r, table=None, eps=EPS, is_rare=None, response=None):
     Raises ValueError for a word that belongs to a training loop, and for an argument that is
     missing or has another shape."""
     words = parse_method(method)
-    check_arguments(words, u, r, table, is_rare)
+    check_arguments(words, u, r, table, is_rare, response)
     n_max = r.shape[-1]
     n = u.new_full((1,), n_max)
     if response is not None:
@@ -657,19 +656,21 @@ def draw_masks(method, u, r, table=None, eps=EPS, is_rare=None, response=None):
     return mask, weight.expand(mask.shape)
 
 
-def check_arguments(words, u, r, table, is_rare):
+def check_arguments(words, u, r, table, is_rare, response):
     """Raise a ValueError of one line if an argument of draw_masks is missing or wrong."""
-    other = words - MASKING.keys()
-    if other:
-        raise ValueError(f"draw_masks does not know {' '.join(other)}: a training loop does")
-    if "ppots" in words and table is None:
+    others = words - MASKING.keys()
+    if others:
+        raise ValueError(f"draw_masks does not know {' '.join(others)}: a training loop does")
+    if "ppots" in words and (table is None or table.shape[-1] != N_CELLS):
         raise ValueError("ppots needs a table: measure H on your model, then ppots_table")
     if "isad" in words and is_rare is None:
         raise ValueError("isad needs is_rare: a bool for each token")
-    wanted = (2, *u.shape) if "multi2" in words else tuple(u.shape)
-    if tuple(r.shape[:-1]) != wanted:
-        wanted = ", ".join(map(str, wanted))
-        raise ValueError(f"r must have the shape ({wanted}, n), not {tuple(r.shape)}")
+    copies = (2,) if "multi2" in words else ()
+    if r.shape[:-1] != (*copies, *u.shape):
+        raise ValueError(f"r has the shape {tuple(r.shape)}, not {(*copies, *u.shape, 'n')}")
+    for name, tokens in [("is_rare", is_rare), ("response", response)]:
+        if tokens is not None and tokens.shape != (*u.shape, r.shape[-1]):
+            raise ValueError(f"{name} has the shape {tuple(tokens.shape)}, not that of u and r")
 
 
 def method_loss(model, x0, pos, mask, weight):
@@ -844,7 +845,7 @@ def generate(model, x, pos, steps=None, temperature=0.0, order="confidence", gen
         hidden = x[..., pos] == mask_id
         n_keep = (hidden.sum(-1, keepdim=True) / (steps - step)).ceil()  # the last step leaves none
         best_first = ranks(-score.masked_fill(~hidden, -torch.inf))
-        keep = hidden & (best_first < n_keep)
+        keep = best_first < n_keep  # hidden tokens come first
         x = x.clone()
         x[..., pos] = torch.where(keep, token, x[..., pos])
         yield x

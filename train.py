@@ -322,7 +322,7 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
     if "model" in state:
         model.load_state_dict(state["model"])
     if "optimizer" in state:
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # else it would change state
     diverged = state["diverged"].to(device)  # a checkpoint is loaded on the CPU
     gradclip = state["gradclip"].to(device)
     table = state["table"].to(device)

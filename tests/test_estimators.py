@@ -345,7 +345,7 @@ def test_the_pilot_measures_the_exact_curve(toy):
 def test_the_pilots_masks_have_the_counts_they_say():
     """Growing from 1 to n, for 13 tokens and for responses of 0, 1, 2, 4 and 7 tokens among 7."""
     counts, mask = mdm.pilot_masks(torch.rand(2, 5, 4, 13, generator=seeded()))
-    assert counts.tolist() == [1, 5, 9, 13] and (mask.sum(-1) == counts).all()
+    assert counts.tolist() == [[1, 5, 9, 13]] * 5 and (mask.sum(-1) == counts).all()
     n = torch.tensor([0, 1, 2, 4, 7])
     response = torch.rand(5, 7, generator=seeded(1)).argsort(-1) < n[:, None]
     counts, mask = mdm.pilot_masks(torch.rand(2, 5, 16, 7, generator=seeded(2)), response)
