@@ -135,10 +135,10 @@ class Block(nn.Module):
         """(S, B, T, n_embd) -> (S * B, T, n_head, head size)."""
         return x.flatten(0, 1).unflatten(-1, (self.n_head, -1))
 
-    def forward(self, x, cos, sin, visible, pos):
+    def forward(self, x, cos, sin, pos, **past_only):
         """Queries come from the positions pos, keys and values from all T positions:
-        (S, B, T, n_embd) -> (S, B, len(pos), n_embd). visible (T, T) bool, or None for all.
-        pos is a tensor of positions, or slice(None) for every position."""
+        (S, B, T, n_embd) -> (S, B, len(pos), n_embd). pos is a tensor of positions, or slice(None)
+        for every position. past_only tells scaled_dot_product_attention to hide the future."""
         S, B, T, width = x.shape
         h = self.ln_1(x)
         k, v = self.key_value(h).chunk(2, dim=-1)
@@ -146,7 +146,7 @@ class Block(nn.Module):
         v = self.split_heads(v)
         q = rotate_and_norm(self.split_heads(self.query(h[:, :, pos])), cos[pos], sin[pos])
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # heads before positions
-        y = F.scaled_dot_product_attention(q, k, v, None if visible is None else visible[pos])
+        y = F.scaled_dot_product_attention(q, k, v, **past_only)
         y = y.transpose(1, 2).reshape(S, B, -1, width)
         x = x[:, :, pos] + self.attn_proj(y)
         return x + self.mlp_proj(F.gelu(self.mlp_fc(self.ln_2(x))))
@@ -169,8 +169,7 @@ class GPT(nn.Module):
         self.register_buffer("cos", angle.cos().repeat(1, 1, 2), persistent=False)
         sin = torch.cat([-angle.sin(), angle.sin()], dim=-1)
         self.register_buffer("sin", sin, persistent=False)
-        past = torch.ones(T, T).tril() > 0 if config.causal else None
-        self.register_buffer("visible", past, persistent=False)
+        self.register_buffer("past", torch.ones(T, T).tril() > 0, persistent=False)
         self.blocks = nn.ModuleList(Block(generators, config) for _ in range(config.n_layer))
         self.ln_f = SeedLayerNorm(len(generators), width)
         self.head = SeedLinear(generators, width, V)
@@ -182,12 +181,12 @@ class GPT(nn.Module):
         # Seed s finds its tokens from row s * (V + 1) on.
         first_row = torch.arange(S, device=idx.device).view(S, 1, 1) * self.wte.shape[1]
         x = F.embedding(idx + first_row, self.wte.flatten(0, 1)) + self.wpe[:, None, :T]
-        visible = self.visible if self.visible is None else self.visible[:T, :T]
         rotary = (self.cos[:T], self.sin[:T])
         everything = slice(None)
         for block in self.blocks[:-1]:
-            x = block(x, *rotary, visible, everything)
-        x = self.blocks[-1](x, *rotary, visible, pos)
+            x = block(x, *rotary, everything, is_causal=self.config.causal)
+        last = {"attn_mask": self.past[pos, :T]} if self.config.causal else {}
+        x = self.blocks[-1](x, *rotary, pos, **last)
         return self.head(self.ln_f(x))
 
 

@@ -167,7 +167,8 @@ def check_effects(cfg, given, methods):
     there = {kind_of(cfg.dataset)}.union(*map(mdm.parse_method, methods))  # "sums", "mirror", ...
     for s in SETTINGS:
         if s.name in given and s.only and s.only not in there:
-            fail(f"--{s.name} has an effect on {s.only} only, and there is none: leave it out")
+            fail(f"--{s.name} has an effect on {s.only} only, and --dataset={cfg.dataset} "
+                 f"with {','.join(methods)} has none: leave it out, or check the names")
     if "init_seed" in given and not cfg.init_from:
         fail("--init_seed has an effect with --init_from only: leave it out")
     for method in methods:
@@ -344,6 +345,7 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
         point = {"step": 0, "loss": [None] * len(seeds), **scores}
         state = snapshot(state, model, optimizer, curve=[point])
         yield state
+        began = time.perf_counter()
 
     for step in range(state["step"], steps):
         # P-POTS measures its density now and then.
@@ -352,6 +354,7 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
             state = state | {"pilot": state["pilot"] + n_pilot * min(len(pos), mdm.N_COUNTS)}
 
         # The loss of each sequence, (S, B).
+        optimizer.zero_grad()
         idx, u, r = next(numbers)  # which sequences, at which rates, which masks
         x0 = train_x[idx].long()  # (S, B, T)
         loss = loss_of(model, words, x0, pos, u, r, table, rare, cfg.eps)
@@ -361,7 +364,6 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
         # The gradient. Seeds share no parameter, so the gradient of the summed loss holds, in each
         # seed's row, the gradient of the seed's own loss.
         loss = loss.mean(-1)  # (S,)
-        optimizer.zero_grad()
         loss.sum().backward()
         healthy = torch.isfinite(loss) & (diverged == 0)
         healthy, was_clipped = clip_per_seed(params, healthy, cfg.grad_clip)
@@ -451,7 +453,8 @@ def evaluate(model, data, quick=False):
         scores["accuracy"] = accuracy(model, data, 512 if quick else None).tolist()
     nll = bound(model, data, 128 if quick else 512)  # (S, n_sequences)
     scores["nll"] = nll.mean(1).tolist()
-    scores["nll_se"] = (nll.std(1) / nll.shape[1] ** 0.5).tolist()
+    N = nll.shape[1]
+    scores["nll_se"] = (nll.std(1) / N**0.5).tolist() if N > 1 else [None] * len(nll)
     return scores
 
 
@@ -564,7 +567,7 @@ def load_start(cfg, method, data):
 def first_state(cfg, seeds, path, start):
     """The state to hand to train(): from a checkpoint (--resume), from --init_from, or none."""
     if cfg.resume:
-        for other in runs.checkpoints_beside(path):  # of the same method and start
+        for other in runs.checkpoints_beside(path):  # of the same method and start, ours first
             theirs = runs.load_checkpoint(other)
             if theirs["seeds"] == seeds and theirs["start"] != (start and start["fingerprint"]):
                 fail(f"{other} started from other weights: leave out --resume, or give its start")
@@ -690,13 +693,13 @@ def compare(cfg, methods, seeds, data, device):
     settings["fine_tuned"] = bool(cfg.init_from)  # from scratch is another comparison
     if kind_of(cfg.dataset) == "sums":
         settings["n_test"] = len(data.test)  # some tasks have fewer than asked for
-    runs.join_folder(cfg.out_dir, settings)
 
     jobs = {}  # for each method: its state, its start and its checkpoint's path
     for method in methods:
         start = load_start(cfg, method, data) if cfg.init_from else None
         path = runs.checkpoint_path(cfg.out_dir, label(cfg, method), start, seeds)
         jobs[method] = first_state(cfg, seeds, path, start), start, path
+    runs.join_folder(cfg.out_dir, settings)
     print(f"{cfg.dataset}: {data.describe()}\nseeds {seeds}; {cfg.steps} steps of {cfg.batch_size} "
           f"on {device}, {torch.get_num_threads()} threads; all goes to {cfg.out_dir}")
 

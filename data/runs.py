@@ -68,7 +68,7 @@ def fingerprint(*parts):
 
 def write(path, save):
     """Let save(name) write a file under a temporary name, and rename it to path at the end."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = f"{path}.tmp"
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         save(temporary)
@@ -151,16 +151,17 @@ def read_settings(out_dir):
 
 def join_folder(out_dir, settings):
     """Write the settings of a new folder. For an old one, refuse settings that differ from its."""
-    theirs = read_settings(out_dir)
-    if theirs is None:
-        if glob.glob(os.path.join(glob.escape(out_dir), "results*.jsonl")):
-            fail(f"{out_dir} has results of an older version: take another --out_dir")
-        theirs = settings
-    differ = [f"{name} {theirs.get(name)}, not {value}" for name, value in settings.items()
-              if theirs.get(name) != value and name != "dataset"]  # its fingerprint "data" decides
-    if differ:
-        fail(f"the runs in {out_dir} have {'; '.join(differ)[:300]}: take another --out_dir")
-    write_lines(os.path.join(out_dir, "settings.json"), [theirs])
+    with filelock.FileLock(os.path.join(out_dir, "lock.results")):
+        theirs = read_settings(out_dir)
+        if theirs is None:
+            if glob.glob(os.path.join(glob.escape(out_dir), "results*.jsonl")):
+                fail(f"{out_dir} has results of an older version: take another --out_dir")
+            theirs = settings
+        for name, value in settings.items():
+            if theirs.get(name) != value and name != "dataset":  # its fingerprint "data" decides
+                fail(f"the runs in {out_dir} have {name} {theirs.get(name)}, not {value}: "
+                     "take another --out_dir")
+        write_lines(os.path.join(out_dir, "settings.json"), [theirs])
 
 
 def read_lines(path):
@@ -214,9 +215,10 @@ def checkpoint_path(out_dir, method, start, seeds):
 
 
 def checkpoints_beside(path):
-    """The paths of all checkpoints of the same method and start."""
+    """The paths of all checkpoints of the same method and start, path itself first."""
     folder, name = os.path.split(path)
-    return sorted(glob.glob(os.path.join(glob.escape(folder), name.rpartition("_")[0] + "_*x*.pt")))
+    found = glob.glob(os.path.join(glob.escape(folder), name.rpartition("_")[0] + "_*x*.pt"))
+    return sorted(found, key=lambda other: (other != path, other))
 
 
 def save_checkpoint(path, content):
@@ -253,6 +255,7 @@ def find_checkpoint(out_dir, method, seed=None):
     checkpoint = found[seed]
     row = checkpoint["seeds"].index(seed)
     weights = {k: v[row : row + 1] for k, v in checkpoint["state"]["model"].items()}
-    if not all(torch.isfinite(v).all() for v in weights.values()):
-        fail(f"{method} with seed {seed} in {out_dir} has diverged: its weights are not finite")
+    finite = all(torch.isfinite(v).all() for v in weights.values())
+    if checkpoint["state"]["diverged"][row] > 0 or not finite:
+        fail(f"{method} with seed {seed} in {out_dir} has diverged: take another seed")
     return checkpoint | {"weights": weights, "seed": seed}

@@ -1,18 +1,15 @@
-"""Where the time goes, as ratios measured side by side in one run. Not a test.
+"""Where the time goes. All that is compared takes turns, and times are medians. Not a test.
 
     python tests/bench.py                                steps of each method, by number of seeds
     python tests/bench.py --dataset=shakespeare_char     the same at text's sizes
     python tests/bench.py --compile                      and compiled: from how many steps it pays
     python tests/bench.py --nanogpt=../nanoGPT           beside nanoGPT's own model, from a clone
-    python tests/bench.py --tiny_diffusion=DIR           (with tqdm) train its model on our text;
-                                                         score it with our bound, beside an MDM's
+    python tests/bench.py --tiny_diffusion=DIR           (with tqdm) its model, scored by our bound
     python tests/bench.py --gpu                          all we ask of a GPU, within eight minutes
     python tests/bench.py --gpu --tiny                   the same with tiny models, even on a CPU
-
-All that is compared takes turns, in rounds; every time is the median over rounds.
 """
 import argparse
-import itertools
+import collections
 import json
 import os
 import statistics
@@ -35,7 +32,6 @@ from data import runs
 WARM_UP = 6  # steps before those we time: they find memory, choose kernels, record CUDA graphs
 MODES = {"eager": None, "compiled": "default", "graphs": "reduce-overhead"}  # of torch.compile
 METHODS = ["arm", "mdm", "ppots_mirror"]
-NO_CUDA = "skipped: no CUDA"
 TINY = {"n_embd": 24, "batch_size": 4, "steps": 9, "eval_every": 4, "n_test": 16, "block_size": 16}
 
 
@@ -47,18 +43,8 @@ def prepare(args, **settings):
     return cfg, train.load_data(cfg, methods)
 
 
-def clock(device):
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-# --------------------------------------------------------------------------------------------------
-# Steps. A training calls mark() once a step, after the gradient.
-
-
 def our_training(cfg, data, device, method, n_seeds, mode, mark):
-    """train.train itself, without evaluations."""
+    """train.train itself, without evaluations. mark() is called once a step, after the gradient."""
     clip = train.clip_per_seed
 
     def mark_and_clip(*arguments):
@@ -76,18 +62,15 @@ def our_training(cfg, data, device, method, n_seeds, mode, mark):
 
 def nanogpt_training(cfg, data, device, mode, mark):
     """nanoGPT's loop at our shape: its model, AdamW and clipping; data from memory."""
-    import model as nanogpt
-
-    T = data.test.shape[1] - 1
-    shape = (T, len(data.vocabulary), cfg.n_layer, cfg.n_head, cfg.n_embd)
+    import model as nanogpt  # from the clone
+    shape = (data.test.shape[1] - 1, len(data.vocabulary), cfg.n_layer, cfg.n_head, cfg.n_embd)
     model = nanogpt.GPT(nanogpt.GPTConfig(*shape, dropout=0.0)).to(device)
     decay = (cfg.weight_decay, cfg.lr, (0.9, cfg.beta2))
     optimizer = model.configure_optimizers(*decay, device.split(":")[0])
     loss_of = model if mode == "eager" else torch.compile(model, mode=MODES[mode])
     train_x = data.train_blocks(device)
     for _ in range(cfg.steps):
-        idx = torch.randint(len(train_x), (cfg.batch_size,), device=device)
-        x = train_x[idx].long()
+        x = train_x[torch.randint(len(train_x), (cfg.batch_size,), device=device)].long()
         _, loss = loss_of(x[:, :-1].contiguous(), x[:, 1:].contiguous())
         loss.backward()
         mark()
@@ -99,33 +82,34 @@ def nanogpt_training(cfg, data, device, mode, mark):
 def measured(training, steps, device):
     """A training's ms a step, seconds to the first gradient, with all compiling, and peak MB."""
     on_cuda = device.startswith("cuda")
-    if on_cuda:
-        torch.cuda.reset_peak_memory_stats()
-    times = [clock(device)]
+    times = []
 
     def mark():
-        wait = len(times) in (1, WARM_UP, steps)  # in other steps the GPU may lag behind
-        times.append(clock(device) if wait else None)
+        if on_cuda and len(times) in (0, 1, WARM_UP, steps):  # at all others the GPU may lag
+            torch.cuda.synchronize()
+        times.append(time.perf_counter())
 
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    mark()
     training(mark)
     ms = 1e3 * (times[steps] - times[WARM_UP]) / (steps - WARM_UP)
-    MB = torch.cuda.max_memory_allocated() / 1e6 if on_cuda else NO_CUDA
+    MB = torch.cuda.max_memory_allocated() / 1e6 if on_cuda else "skipped: no CUDA"
     return ms, times[1] - times[0], MB
 
 
-def steps_in_turns(args, device, methods, numbers, modes, dataset="add3"):
+def steps_in_turns(args, device, methods, numbers, modes):
     """Steps by method, number of seeds and mode. nanoGPT is measured beside the ARM of one seed."""
     torch._dynamo.config.automatic_dynamic_shapes = False  # a program for each number of seeds,
     torch._dynamo.config.cache_size_limit = 100  # as if there were no others
     steps = WARM_UP + (64 if args.gpu else 10)  # 64 steps draw one chunk of random numbers
-    cfg, data = prepare(args, method=",".join(methods), dataset=dataset, steps=steps)
+    cfg, data = prepare(args, method=",".join(methods), dataset=args.dataset, steps=steps)
     cfg.ppots_refits = 1  # in the first step
-    jobs = {}
-    for mode in modes:
-        if args.nanogpt and "arm" in methods and 1 in numbers:
+    jobs = {(method, S, mode): partial(our_training, cfg, data, device, method, S, mode)
+            for mode in modes for method in methods for S in numbers}  # fmt: skip
+    if args.nanogpt and ("arm", 1, "eager") in jobs:
+        for mode in modes:
             jobs["nanoGPT", 1, mode] = partial(nanogpt_training, cfg, data, device, mode)
-        for method, S in itertools.product(methods, numbers):
-            jobs[method, S, mode] = partial(our_training, cfg, data, device, method, S, mode)
     rounds = [{key: measured(training, cfg.steps, device) for key, training in jobs.items()}
               for _ in range(args.rounds)]  # fmt: skip
     found = {key: statistics.median(each[key][0] for each in rounds) for key in jobs}
@@ -144,8 +128,7 @@ def steps_in_turns(args, device, methods, numbers, modes, dataset="add3"):
 def tiny_diffusion(args, device):
     """Train tiny-diffusion's model by its own train_step. Then score it on our validation blocks
     with our bound, its mask token's logit off and its time the share of masked tokens."""
-    import training
-
+    import training  # from the clone
     cfg, data = prepare(args, method="mdm", dataset="shakespeare_char", eval_every=2000)
     V = len(data.vocabulary)
     T = data.test.shape[1]
@@ -157,11 +140,11 @@ def tiny_diffusion(args, device):
     schedule = training.MaskedDiffusionSchedule(config.diffusion_steps, V, 1)
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=3e-4, weight_decay=cfg.weight_decay)
     train_x = data.train_blocks(device)
-    began = clock(device)
+    began = time.perf_counter()
     for _ in range(cfg.steps):
-        idx = torch.randint(len(train_x), (cfg.batch_size,), device=device)
-        training.train_step(theirs, train_x[idx].long(), schedule, optimizer)
-    seconds = clock(device) - began
+        x = train_x[torch.randint(len(train_x), (cfg.batch_size,), device=device)].long()
+        training.train_step(theirs, x, schedule, optimizer)  # it waits for the GPU
+    seconds = time.perf_counter() - began
 
     class AsOurs:  # one seed, positions asked for, no mask in the logits
         config = mdm.GPTConfig(V, T, n_embd=cfg.n_embd)
@@ -173,8 +156,8 @@ def tiny_diffusion(args, device):
             return theirs(idx[0], t)[None, :, pos, :V]
 
     theirs.eval()
-    nats = train.evaluate(AsOurs(), data)["nll"][0]
-    yield {"method": "tiny-diffusion", "nats": nats, "seconds": seconds}
+    scores = train.evaluate(AsOurs(), data)
+    yield {"method": "tiny-diffusion", "nats": scores["nll"][0], "seconds": seconds}
     *_, state = train.train(cfg, "mdm", [42], data, device)
     yield {"method": "mdm", "nats": state["curve"][-1]["nll"][0], "seconds": state["seconds"]}
 
@@ -204,7 +187,6 @@ def computed(cfg, data, method, device):
     x0 = data.train[:64].view(2, 32, -1).to(device)
     rare = torch.tensor(data.isad, device=device)
     is_rare = torch.isin(x0[..., pos], rare)
-
     counts, H = mdm.pilot(model, x0, pos, pilot_r)
     table = mdm.ppots_table(counts, H, n, fit="grid")
     masking = words & mdm.MASKING.keys()
@@ -249,21 +231,15 @@ def resume(args, device, method):
 
 
 def sync(args, device, method):
-    """Does the CPU ever wait for the GPU between two evaluations? torch raises an error then. We
-    listen from the first gradient to the last, so P-POTS' pilot, in step 0, may wait."""
+    """Does the CPU wait for the GPU between the first gradient and the last? torch raises then."""
     on_cuda = device.startswith("cuda")
     listen = torch.cuda.set_sync_debug_mode if on_cuda else lambda mode: None
     listen("default")  # the case before may have failed
     cfg, data = prepare(args, method="isad", isad_tokens="12", steps=100)
-    cfg.ppots_refits = 1
-    steps_left = list(range(cfg.steps))
-
-    def mark():
-        steps_left.pop()
-        listen("error" if steps_left else "default")
-
-    our_training(cfg, data, device, method, 3, "eager", mark)
-    yield {"method": method, "ok": True if on_cuda else NO_CUDA}
+    cfg.ppots_refits = 1  # in step 0, which may wait
+    modes = ["default", *["error"] * (cfg.steps - 1)]  # in reverse
+    our_training(cfg, data, device, method, 3, "eager", lambda: listen(modes.pop()))
+    yield {"method": method, "ok": True if on_cuda else "skipped: no CUDA"}
 
 
 def compare(args, device):
@@ -273,7 +249,7 @@ def compare(args, device):
         train.compare(cfg, METHODS, train.PAPER_SEEDS, data, device)
         lines = runs.read_results(cfg.out_dir)
     seconds = {line["method"]: line["seconds"] for line in lines}  # of all its seeds together
-    accuracy = {f"{line['method']} {line['seed']}": line["accuracy"] for line in lines}
+    accuracy = {m: [x["accuracy"] for x in lines if x["method"] == m] for m in METHODS}
     yield {"training_s": sum(seconds.values()), "seconds": seconds, "accuracy": accuracy}
 
 
@@ -301,7 +277,7 @@ def text(args, device, method, precision):
 
 CHECKED = ["mdm", *mdm.MASKING, *mdm.TRAINING, "ppots_mirror", "ppots_exactk", "clipped_exactk"]
 WATCHED = [*METHODS, "exactk_strats_mirror", "sqrtk_batch2", "isad_ema", "syrm", "multi2"]
-PARTS = {  # name: (function, the cases in the order of their weight, the limit in seconds)
+PARTS = {  # name: (function, cases, the most important first, and the limit in seconds)
     "check": (check, [[method] for method in CHECKED], 60),
     "resume": (resume, [[method] for method in METHODS], 60),
     "sync": (sync, [[method] for method in WATCHED], 60),
@@ -311,7 +287,6 @@ PARTS = {  # name: (function, the cases in the order of their weight, the limit 
     "compiled": (steps_in_turns,
                  [[[method], [S], MODES] for S in (1, 32, 8, 128) for method in METHODS], 240),
 }  # fmt: skip
-SECONDS = 460  # for all parts together
 
 
 def say(part, **found):
@@ -323,7 +298,7 @@ def say(part, **found):
 def run_part(name, function, cases, args, device):
     """Say what a function finds. A case that fails costs none of the others."""
     sys.stdout = sys.stderr  # for all that others print
-    for case in cases:
+    for case in cases[:2] if args.tiny and name == "compiled" else cases:
         try:
             for found in function(args, device, *case):
                 say(name, **found)
@@ -333,48 +308,49 @@ def run_part(name, function, cases, args, device):
 
 
 def run_parts(args, device):
-    """Run each part as a process with a time limit: one that is late costs none of the others.
-    They write to the file as they go. What they print besides goes to the file's neighbour .log."""
+    """Run each part as a process with a time limit: one that is late costs none of the others."""
     path = Path(args.out or os.path.join(os.environ.get("OUT", "out"), "gpu.jsonl"))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"part": "machine"} | train.machine(device)) + "\n")
-    end = time.perf_counter() + SECONDS
-    with open(path, "a") as file, open(path.with_suffix(".log"), "w") as log:
+    n_shown = 0
+    end = time.perf_counter() + 460  # for all parts together
+    with open(path, "w", buffering=1) as file, open(path.with_suffix(".log"), "w") as log:
+        file.write(json.dumps({"part": "machine"} | train.machine(device)) + "\n")
         for name, (_, _, limit) in PARTS.items():
-            n_shown = len(path.read_text())
             limit = max(1, min(limit, end - time.perf_counter()))
             command = [sys.executable, __file__, *sys.argv[1:], f"--part={name}"]
             try:
                 subprocess.run(command, stdout=file, stderr=log, timeout=limit, check=True)
             except subprocess.SubprocessError as error:
-                fault = {"part": name, "error": f"{type(error).__name__}, limit {limit:.0f} s"}
-                print(json.dumps(fault), file=file, flush=True)
+                fault = f"{type(error).__name__}, its limit was {limit:.0f} s"
+                file.write(json.dumps({"part": name, "error": fault}) + "\n")
             print(path.read_text()[n_shown:], end="", flush=True)
+            n_shown = len(path.read_text())
     print_goals([json.loads(line) for line in path.read_text().splitlines() if line[0] == "{"])
 
 
 def print_goals(lines):
-    """Say how far the goals are reached, as far as there are numbers; and what went wrong."""
-    ms = {(x["method"], x["seeds"], x["mode"]): x["ms"] for x in lines if "ms" in x}
-    for method, S, mode in ms:
-        if S == 32:
-            ratio = ms[method, 32, mode] / ms[method, 1, mode]
-            print(f"{method} {mode}: 32 seeds take {ratio:.2f} times the time of one; goal: 2")
-        if (method, S) == ("arm", 1) and ("nanoGPT", 1, "compiled") in ms:
-            ratio = ms[method, S, mode] / ms["nanoGPT", 1, "compiled"]
-            print(f"{method} {mode}: {ratio:.2f} times nanoGPT's compiled step; goal: 1")
+    """Say how near the goals are, nan if not measured, and what went wrong."""
+    ms = collections.defaultdict(lambda: torch.nan)
     for x in lines:
+        if "ms" in x:
+            ms[x["part"], x["method"], x["seeds"], x["mode"]] = x["ms"]
         if "training_s" in x:
-            print(f"train.py trains for {x['training_s']} s; goal: 20")
+            print(f"goal 20: train.py trains for {x['training_s']} s")
         if "error" in x or x.get("ok") is False:
             print(f"BAD {x}")
+    for method in METHODS:
+        ratio = ms["steps", method, 32, "eager"] / ms["steps", method, 1, "eager"]
+        print(f"goal 2: 32 seeds take {ratio:.2f} times the time of one ({method})")
+    for mode in MODES:
+        ratio = ms["compiled", "arm", 1, mode] / ms["compiled", "nanoGPT", 1, "compiled"]
+        print(f"goal 1: the ARM's step takes {ratio:.2f} times nanoGPT's compiled one ({mode})")
 
 
 def main():
     formatter = argparse.RawTextHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--seeds", default="1,8", help="numbers of seeds [1,8]")
-    parser.add_argument("--methods", default=",".join(METHODS), help="[arm,mdm,ppots_mirror]")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 8], help="how many [1 8]")
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="[arm mdm ppots_mirror]")
     parser.add_argument("--dataset", default="add3", help="[add3]")
     parser.add_argument("--rounds", type=int, default=3, help="[3]")
     parser.add_argument("--compile", action="store_true", help="compiled steps, too")
@@ -388,19 +364,15 @@ def main():
     device = train.pick_device("auto")
     sys.path[:0] = filter(None, [args.nanogpt, args.tiny_diffusion])
     if args.part:
-        function, cases, _ = PARTS[args.part]
-        cases = cases[:2] if args.tiny and args.part == "compiled" else cases
-        run_part(args.part, function, cases, args, device)
+        run_part(args.part, *PARTS[args.part][:2], args, device)
     elif args.gpu:
         run_parts(args, device)
     elif args.tiny_diffusion:
         run_part("text", tiny_diffusion, [()], args, device)
     else:
         print(f"{args.dataset}, {torch.get_num_threads()} threads on {device}")
-        numbers = [int(S) for S in args.seeds.split(",")]
         modes = ["eager", "compiled"] if args.compile else ["eager"]
-        case = (args.methods.split(","), numbers, modes, args.dataset)
-        run_part("steps", steps_in_turns, [case], args, device)
+        run_part("steps", steps_in_turns, [(args.methods, args.seeds, modes)], args, device)
 
 
 if __name__ == "__main__":

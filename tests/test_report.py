@@ -169,12 +169,13 @@ def test_lines_are_read_or_named(tmp_path, capsys):
     path = tmp_path / "results.jsonl"
     good = json.dumps(line(note="a\u2028b\x85c"), ensure_ascii=False)
     damaged = ['{"method": "md', "[1]", '{"start": "", "seed": 3}', "7"]
-    path.write_text("\n".join([good, "", *damaged, good]) + "\r\n", encoding="utf-8-sig", newline="")
+    content = "\n".join([good, "", *damaged, good]) + "\r\n"
+    path.write_text(content, encoding="utf-8-sig", newline="")
     lines, texts = runs.read_lines(path)
     assert [line["note"] for line in lines] == ["a\u2028b\x85c"] * 2
     assert texts == damaged
     said = capsys.readouterr().err.splitlines()
-    assert [f"line {number} of {path}" in text for number, text in zip((3, 4, 5, 6), said)] == [True] * 4
+    assert all(f"line {i} of {path}" in text for i, text in zip((3, 4, 5, 6), said))
     assert len(said) == 4
     runs.save_lines(tmp_path, [line(seed=9)])
     lines, texts = runs.read_lines(path)

@@ -90,7 +90,8 @@ def measure(cfg, methods, seeds, data, device, build):
             folder = cfg.out_dir if at == "end" else cfg.init_from
             if folder:
                 base = "arm" if "arm" in words else "mdm"
-                seed = seeds[0] if at == "end" else None
+                first = None if cfg.init_seed < 0 else cfg.init_seed
+                seed = seeds[0] if at == "end" else first
                 model.load_state_dict(runs.find_checkpoint(folder, base, seed)["weights"])
             row |= measured(cfg, method, model, data, pos, seeds[0], at)
         plain = plain or row
