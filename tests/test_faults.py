@@ -181,7 +181,7 @@ def test_a_run_with_other_settings_is_refused(capsys):
     before = Path("o/results.jsonl").read_bytes()
     for flag, words in {
         "--n_test=33": "n_test 32, not 33", "--eval_every=1": "eval_every 2, not 1",
-        "--lr=1": "lr 0.003, not 1.0", "--n_train=100": "data ", "--dataset=add3": "data ",
+        "--lr=1": "lr 0.003, not 1.0", "--n_train=100": "n_train 0, not 100", "--dataset=add3": "data ",
     }.items():  # fmt: skip
         assert words in refused(capsys, flag, "--resume")
     settings = json.loads(Path("o/settings.json").read_text("utf-8"))
@@ -194,7 +194,7 @@ def test_a_run_with_other_settings_is_refused(capsys):
     said = refused(capsys, "--out_dir=t", "--block_size=13", common=TEXT)
     assert "block_size 12, not 13" in said
     Path("a.txt").write_text(CONTENT.replace("w", "h"), encoding="utf-8")
-    assert "data " in refused(capsys, "--out_dir=t", common=TEXT)
+    assert "n_train 0, not 100" in refused(capsys, "--out_dir=t", common=TEXT)
 
 
 def test_methods_and_seeds_share_a_folder_and_other_settings_get_another():
