@@ -31,7 +31,7 @@ place of the variance.
 "Bringing Stability to Diffusion" (arXiv 2511.18159, "the paper" from here on) lowers A and B with
 six methods, first of all P-POTS (section 4) and MIRROR (section 5). Section 3 predicts the noise of
 a method without a model. `python mdm.py` compares the prediction with the exact variance of a small
-model. Who knows nanoGPT may skip section 1, and section 9 is for who wants to see the proof.
+model. If you know nanoGPT, skip section 1. Section 9 is for readers who want the proof.
 
 LETTERS  x0, xt    a sequence, and the same sequence with hidden tokens
          t, q(t)   masking rate, and the density it is drawn from
@@ -560,17 +560,18 @@ CONFLICTS = ["ppots clipped", "ppots sqrtk", "exactk sqrtk", "clipped sqrtk", "e
 def parse_method(name):
     """A method's words: "ppots_mirror" -> frozenset({"ppots", "mirror"}), "mdm" -> frozenset().
     name may be a set of words, too. Raises ValueError if the words make no sense."""
-    words = list(name)
-    if isinstance(name, str):
-        words = name.strip().lower().replace("pposts", "ppots").split("_")  # both are spelt
-    known = {"mdm", *MASKING, *TRAINING}
-    if not known.issuperset(words) or len(words) > len(set(words)):
+    if isinstance(name, str):  # some spell it pposts
+        words = name.strip().lower().replace("pposts", "ppots").split("_")
+    else:
+        words = list(name)
+    known = ["mdm", *MASKING, *TRAINING]
+    if not set(words) <= set(known) or len(words) > len(set(words)):
         raise ValueError(f"unknown method '{name}': join words of {' '.join(known)} by _")
     for pair in CONFLICTS:
         if set(pair.split()) <= set(words):
             raise ValueError(f"method '{name}': choose one of {pair}")
     if "arm" in words and set(words) - {"arm", "batch2", "steps2"}:
-        raise ValueError(f"method '{name}': an arm has no masks, only batch2 or steps2 go with it")
+        raise ValueError(f"method '{name}': an arm has no masks; add only batch2 or steps2")
     return frozenset(words) - {"mdm"}
 
 

@@ -101,7 +101,7 @@ def text_row(model, vocabulary, ids, prompt):
 
 
 def show(rows, above):
-    """Print the rows, over as many lines as `above` says. Returns how many lines they took."""
+    """Print the rows in place of the last `above` lines. Returns how many lines they took."""
     content = "\n".join(rows)
     if above:
         time.sleep(0.05)

@@ -4,12 +4,12 @@
     python train.py --method=ppots_mirror                  one method (pposts_mirror works too)
     python train.py --method=mdm,mdm_batch2,multi2,mirror  MIRROR, and controls of the same cost
     python train.py --n_seeds=32                           32 seeds, trained as one batch
-    python train.py --dataset=shakespeare_char             a text; --dataset=FILE takes one of yours
+    python train.py --dataset=shakespeare_char             a text; or --dataset=FILE, your own
     python train.py --report                               tables and figures of the newest results
     torchrun --nproc_per_node=2 train.py --n_seeds=32      share the seeds over processes or GPUs
 
 Text has other defaults: n_layer 4, n_embd 128, batch_size 12, steps 2000.
-A method is arm, mdm, or words joined by _ like ppots_mirror. Each word changes one thing:
+A method is arm, mdm, or several words joined by _, for example ppots_mirror. The words:
 """
 import argparse
 import copy
@@ -34,7 +34,7 @@ from data.results import report, variance
 from data.runs import fail
 
 # --------------------------------------------------------------------------------------------------
-# Settings. Nearly all are shared by all methods, since only the estimator should differ.
+# Settings. Methods share nearly all of them. Only the estimator should differ.
 
 
 class Setting(NamedTuple):
@@ -43,8 +43,8 @@ class Setting(NamedTuple):
     why: str  # its --help
     low: object = None  # the smallest number allowed, or a list of the words allowed
     high: object = None  # the largest number allowed
-    run: bool = True  # results depend on it, so all runs in a folder share its value
-    only: str = ""  # "sums", "text" or a method's word: without it the setting has no effect
+    run: bool = True  # results depend on it, so every run in a folder has the same value
+    only: str = ""  # who uses it: "sums", "text" or a method's word; "" means everyone
 
 
 SETTINGS = [
@@ -55,7 +55,7 @@ SETTINGS = [
     Setting("dataset", "add3", f"{', '.join(arith.DATASETS)}; or shakespeare_char; or a text file"),
     Setting("init_from", "", "fine-tune: start from the arm or mdm in this folder", run=False),
     Setting("init_seed", -1, "the seed to start from (-1: the smallest)", -1, 10**18, run=False),
-    Setting("n_train", 0, "use only so many training problems (0: all)", 0, 10**9, only="sums"),
+    Setting("n_train", 0, "number of training problems (0: all)", 0, 10**9, only="sums"),
     Setting("n_test", 512, "held-out problems of the last evaluation", 1, 10**6, only="sums"),
     Setting("tokenizer", "char", "char, or a tiktoken encoding such as gpt2", only="text"),
     Setting("block_size", 64, "response tokens, after one prompt token", 1, 10**6, only="text"),
@@ -72,17 +72,17 @@ SETTINGS = [
     Setting("weight_decay", 0.01, "small, as a model of this size hardly overfits", 0, 1e3),
     Setting("grad_clip", 1.0, "largest norm of a seed's gradient", 1e-9, 1e9),
     Setting("eps", 1e-3, "smallest masking probability, as in LLaDA: bounds the weights", 0, 0.9),
-    Setting("until_nll", 0.0, "end when the mean nll of all seeds is so low (0: never)", 0, 1e9),
-    Setting("eval_every", 250, "steps between evaluations; each one saves all", 1, 10**9),
+    Setting("until_nll", 0.0, "end when the mean nll reaches this value (0: never)", 0, 1e9),
+    Setting("eval_every", 250, "steps between evaluations; each saves a checkpoint", 1, 10**9),
     # Settings of single methods.
-    Setting("ppots_fit", "epr", "how to smooth the curve: epr, the paper's, or grid, not at all",
+    Setting("ppots_fit", "epr", "how to smooth the curve: epr (the paper) or grid (not at all)",
             ["epr", "grid"], only="ppots"),
     Setting("ppots_refits", 10, "how often to measure the density anew", 1, 10**4, only="ppots"),
-    Setting("ppots_budget", 0.01, "the share of the work this may cost", 1e-9, 1, only="ppots"),
+    Setting("ppots_budget", 0.01, "share of the work that pilots may cost", 1e-9, 1, only="ppots"),
     Setting("isad_tokens", "", "rare tokens [separators; text: the rarest 5 %%]", only="isad"),
     # Where and how.
     Setting("out_dir", "", "the folder of all results [out/ and what you changed]", run=False),
-    Setting("resume", False, "go on from the checkpoints, to the same numbers", run=False),
+    Setting("resume", False, "go on from the checkpoints, as if never stopped", run=False),
     Setting("report", False, "only show tables and figures; --out_dir=a,b takes two folders",
             run=False),
     Setting("variance", False, "measure the gradient's noise at the trained plain MDM", run=False),
@@ -105,23 +105,24 @@ def defaults(dataset):
 
 def parse_args(argv=None):
     """Read the command line. Returns (cfg, methods, seeds), or leaves with an error message."""
-    words = {**mdm.MASKING, **mdm.TRAINING}
+    descriptions = {**mdm.MASKING, **mdm.TRAINING}
     parser = argparse.ArgumentParser(
         prog="train.py",
-        description=__doc__ + "\n".join(f"    {word:8} {what}" for word, what in words.items()),
+        description=__doc__ + "\n".join(f"    {w:8} {what}" for w, what in descriptions.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # so that we see which flags were given
         allow_abbrev=False,
     )
     parser.error = fail
     for s in SETTINGS:
-        kind = {"action": "store_true"}  # a switch
-        if s.default is not False:  # a value
-            kind = {"type": type(s.default), "metavar": type(s.default).__name__}
+        if s.default is False:  # a switch
+            form = {"action": "store_true"}
+        else:
+            form = {"type": type(s.default), "metavar": type(s.default).__name__}
         why = f"{s.only}: {s.why}" if s.only else s.why
-        if s.default and s.default != -1:
+        if s.default not in (0, "", -1):  # these mean: no fixed default
             why += f" [{s.default}]"
-        parser.add_argument(f"--{s.name}", help=why, **kind)
+        parser.add_argument(f"--{s.name}", help=why, **form)
     given = vars(parser.parse_args(argv))  # only the flags that were typed
     for name in {"out_dir", "init_from", "dataset"} & given.keys():  # ~ is the home folder
         given[name] = ",".join(os.path.expanduser(part) for part in given[name].split(","))
@@ -142,20 +143,20 @@ def parse_seeds(cfg):
         others = [seed for seed in range(cfg.n_seeds) if seed not in PAPER_SEEDS]
         return (PAPER_SEEDS + others)[: cfg.n_seeds or 3]  # n_seeds is 0 if it was not given
     seeds = cfg.seeds.split(",")
-    whole = all(seed.isdecimal() and len(seed) < 19 for seed in seeds)  # they must fit int64
+    whole = all(seed.isdecimal() and int(seed) < 2**32 for seed in seeds)  # see stream
     if not whole or len(set(map(int, seeds))) < len(seeds):
-        fail(f"--seeds={cfg.seeds}: give different whole numbers, commas between")
+        fail(f"--seeds={cfg.seeds}: give different whole numbers below 2**32, separated by commas")
     if cfg.n_seeds:
         fail("--seeds says which seeds, --n_seeds how many: give one of them")
     return [int(seed) for seed in seeds]
 
 
 def check_values(cfg):
-    """Refuse numbers outside their limits, and words nobody knows."""
+    """Refuse numbers outside their limits, and unknown words."""
     for s in SETTINGS:
         value = getattr(cfg, s.name)
         if isinstance(s.low, list) and value not in s.low:  # words
-            fail(f"--{s.name}={value} is none of {', '.join(s.low)}")
+            fail(f"--{s.name}={value} must be one of {', '.join(s.low)}")
         if s.high is not None and not s.low <= value <= s.high:
             fail(f"--{s.name}={value} is not between {s.low} and {s.high}")
     if cfg.n_embd % (2 * cfg.n_head):  # rotary positions need heads of even size
@@ -164,32 +165,33 @@ def check_values(cfg):
 
 def check_effects(cfg, given, methods):
     """Refuse settings and words that would change nothing."""
-    there = {kind_of(cfg.dataset)}.union(*map(mdm.parse_method, methods))  # "sums", "mirror", ...
+    active = {kind_of(cfg.dataset)}.union(*map(mdm.parse_method, methods))  # "sums", "mirror", ...
     for s in SETTINGS:
-        if s.name in given and s.only and s.only not in there:
-            fail(f"--{s.name} has an effect on {s.only} only, and --dataset={cfg.dataset} "
-                 f"with {','.join(methods)} has none: leave it out, or check the names")
+        if s.name in given and s.only and s.only not in active:
+            fail(f"--{s.name} affects {s.only} only, not --dataset={cfg.dataset} with "
+                 f"--method={','.join(methods)}: leave it out, or check the names")
     if "init_seed" in given and not cfg.init_from:
         fail("--init_seed has an effect with --init_from only: leave it out")
     for method in methods:
         words = mdm.parse_method(method)
         if "strats" in words and mdm.n_strata(cfg.batch_size * mdm.work(words).batch) == 1:
-            fail(f"{method}: --batch_size={cfg.batch_size} has no strata: take 4, 9 or 64, say")
+            fail(f"{method}: --batch_size={cfg.batch_size} has no strata: choose 4, 9 or 64, say")
 
 
 def load_data(cfg, methods):
-    """The data set. Leaves with an error message if a method makes no sense on it."""
+    """The data set. Leaves with an error message if a method cannot use it."""
     try:
         if kind_of(cfg.dataset) == "sums":
             data = arith.make(cfg.dataset, cfg.n_train, cfg.n_test)
         else:
             data = text.make(cfg.dataset, cfg.block_size, cfg.tokenizer)
-        data.isad = data.encode(cfg.isad_tokens) if cfg.isad_tokens else data.rare
+        if cfg.isad_tokens:
+            data.rare = data.encode(cfg.isad_tokens)
     except ValueError as e:
         fail(e)
     words = set().union(*map(mdm.parse_method, methods))  # of all methods together
     response = data.test[:, data.prompt_len :]
-    if "isad" in words and not torch.isin(response, torch.tensor(data.isad).long()).any():
+    if "isad" in words and not torch.isin(response, torch.tensor(data.rare).long()).any():
         fail(f"isad: none of its tokens is in a response of {cfg.dataset}: see --isad_tokens")
     if "syrm" in words and not data.structural:
         fail(f"syrm hides symbols of the prompt, and there are none in {cfg.dataset}")
@@ -198,20 +200,20 @@ def load_data(cfg, methods):
 
 # --------------------------------------------------------------------------------------------------
 # Randomness. Each random stream has a name: (seed, purpose, part), where part counts epochs, or
-# chunks of steps. So a seed's numbers depend on no other seed, and --resume can make them again.
+# chunks of steps. So a seed's numbers depend on no other seed, and --resume can draw them again.
 
 PURPOSES = ["init", "data", "rate", "mask", "pilot"]
 
 
 def stream(seed, purpose, part=0, device="cpu"):
     key = np.random.SeedSequence([seed, PURPOSES.index(purpose), part]).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(key[0]))  # two names never share a key
+    return torch.Generator(device).manual_seed(int(key[0]))  # each name has its own
 
 
 def epochs(seed, first, count, n_train, device):
-    """Which training problems come first, first + 1, ... for a seed? Their indices, (count,).
-    All epochs stand in a row. Each is a fresh permutation of the n_train problems. A batch may hold
-    the end of one epoch and the beginning of the next, so no problem is left out."""
+    """The indices of problems number first ... first + count - 1 in a seed's order, (count,).
+    Epochs follow one another, and each is a fresh permutation of the n_train problems. A batch may
+    hold the end of one epoch and the beginning of the next, so no problem is left out."""
     order = []
     for epoch in range(first // n_train, (first + count - 1) // n_train + 1):
         draw = stream(seed, "data", epoch, device)
@@ -224,7 +226,7 @@ def random_numbers(words, seeds, first_step, B, n, n_train, in_epochs, device):
     """Yield, for each step from first_step on, idx and u (S, B) and r (S, B, n); for multi2 r is
     (2, S, B, n). idx says which training sequences make up the batch."""
     # Numbers are drawn for a chunk of K steps at once, which is faster. K must not depend on the
-    # seeds. Otherwise a seed's numbers would depend on the others.
+    # seeds. Otherwise a seed's numbers would depend on the others. Methods of one B share a K.
     K = max(1, min(64, 2**20 // (B * n)))
     r_shape = (2, B, n) if "multi2" in words else (B, n)  # two independent masks, or one
     for chunk in itertools.count(first_step // K):
@@ -241,7 +243,7 @@ def random_numbers(words, seeds, first_step, B, n, n_train, in_epochs, device):
             r.append(torch.rand(K, *r_shape, generator=draw, device=device))
         idx = torch.stack(idx, 1)  # (K, S, B)
         u = torch.stack(u, 1)  # (K, S, B)
-        r = torch.stack(r, -3)  # the seed axis goes just before (B, n)
+        r = torch.stack(r, -3)  # (K, S, B, n), or (K, 2, S, B, n)
         for i in range(K):
             if chunk * K + i >= first_step:
                 yield idx[i], u[i], r[i]
@@ -251,16 +253,19 @@ def random_numbers(words, seeds, first_step, B, n, n_train, in_epochs, device):
 # Training.
 
 
-def build(cfg, method, seeds, data, device):
-    """The models, one row for each seed, and the positions (n,) that are hidden and predicted."""
-    words = mdm.parse_method(method)
+def model_config(cfg, method, data):
+    causal = "arm" in mdm.parse_method(method)  # the only difference between the networks
     V = len(data.vocabulary)
     T = data.test.shape[1]  # prompt and response
-    causal = "arm" in words  # the only difference between the networks
-    config = mdm.GPTConfig(V, T, cfg.n_layer, cfg.n_head, cfg.n_embd, causal)
+    return mdm.GPTConfig(V, T, cfg.n_layer, cfg.n_head, cfg.n_embd, causal)
+
+
+def build(cfg, method, seeds, data, device):
+    """The models, one row for each seed, and the positions (n,) that are hidden and predicted."""
+    config = model_config(cfg, method, data)
     model = mdm.GPT(config, [stream(seed, "init") for seed in seeds])  # each with its own weights
-    pos = list(range(data.prompt_len, T))
-    if "syrm" in words:  # the prompt's symbols are hidden and predicted too
+    pos = list(range(data.prompt_len, config.block_size))
+    if "syrm" in mdm.parse_method(method):  # the prompt's symbols, too
         pos = [*data.structural, *pos]
     return model.to(device), torch.tensor(pos, device=device)
 
@@ -278,7 +283,7 @@ def sequence_loss(model, words, x0, pos, u, r, table, rare, eps):
     if "arm" in words:
         return mdm.token_nll(model, x0, pos).mean(-1)
     is_rare = torch.isin(x0[..., pos], rare) if "isad" in words else None  # (S, B, n)
-    masking = words & mdm.MASKING.keys()  # the other words change the training loop
+    masking = words & mdm.MASKING.keys()  # train() does the other words
     mask, weight = mdm.draw_masks(masking, u, r, table, eps, is_rare)
     return mdm.method_loss(model, x0, pos, mask, weight)
 
@@ -290,7 +295,7 @@ def new_state(seeds, steps, device):
         "steps": steps,
         "done": False,
         "curve": [],  # a dictionary for each evaluation, with a number for each seed
-        "diverged": torch.zeros(len(seeds), device=device),  # the step in which a seed did, or 0
+        "diverged": torch.zeros(len(seeds), device=device),  # the step in which it did; 0: none
         "gradclip": torch.zeros(len(seeds), device=device),  # steps whose gradient was clipped
         "table": torch.zeros(len(seeds), mdm.N_CELLS, device=device),  # P-POTS
         "ema": torch.zeros(len(seeds), 10, device=device),  # EMA's running means, in 10 bins
@@ -304,7 +309,7 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
     """Train one method for all seeds at once. Yield the state at the start and after every
     evaluation. A yielded state never changes afterwards, and training can go on from any of them.
     state: a yielded state, or {"model": weights}. A seed diverges when its loss or gradient is not
-    finite. Its gradient is zero from then on, so it learns no more and harms no other seed."""
+    finite. From then on its gradient is 0. Momentum still moves it, and no other seed notices."""
     # The method.
     words = mdm.parse_method(method)
     work = mdm.work(words)
@@ -315,7 +320,7 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
     model, pos = build(cfg, method, seeds, data, device)
     params = list(model.parameters())  # each with a row per seed
     betas = (0.9, cfg.beta2)
-    fused = device != "mps"  # one kernel for all parameters; the decay is on all of them, too
+    fused = device != "mps"  # one kernel for all parameters
     optimizer = torch.optim.AdamW(params, cfg.lr, betas, weight_decay=cfg.weight_decay, fused=fused)
 
     # The state: new, or where an earlier training stopped.
@@ -323,7 +328,7 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
     if "model" in state:
         model.load_state_dict(state["model"])
     if "optimizer" in state:
-        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # else it would change state
+        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # updated in place
     diverged = state["diverged"].to(device)  # a checkpoint is loaded on the CPU
     gradclip = state["gradclip"].to(device)
     table = state["table"].to(device)
@@ -331,7 +336,7 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
 
     # The data, and the random numbers that decide everything.
     train_x = data.train_blocks(device)  # (n_train, T), all on the device
-    rare = torch.tensor(data.isad, dtype=torch.int64, device=device)
+    rare = torch.tensor(data.rare, dtype=torch.int64, device=device)
     loss_of = torch.compile(sequence_loss) if cfg.compile else sequence_loss
     refit_every, n_pilot = pilot_size(cfg, steps, B * work.masks, len(pos))  # for P-POTS
     in_epochs = isinstance(data, arith.Arithmetic)
@@ -375,7 +380,7 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
         optimizer.step()
         loss_sum = loss_sum + loss.detach()
 
-        # The evaluation. The last one is thorough, and with --until_nll any may be the last.
+        # The evaluation. The last one is thorough. With --until_nll any evaluation may be the last.
         steps_done = step + 1
         if steps_done % cfg.eval_every and steps_done < steps:
             continue
@@ -393,18 +398,18 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
         if state["done"]:
             break
         loss_sum = torch.zeros_like(loss_sum)
-        began = time.perf_counter()  # saving the state does not count
+        began = time.perf_counter()  # the time for saving is not counted
 
 
 def snapshot(state, model, optimizer, **changes):
-    """A new state. Weights are copied, because those of the model go on changing."""
+    """A new state. Weights are copied, because training changes the model."""
     weights = copy.deepcopy(model.state_dict())
     return state | {"model": weights, "optimizer": copy.deepcopy(optimizer.state_dict())} | changes
 
 
 def clip_per_seed(params, healthy, max_norm):
-    """Scale each seed's gradient to a norm of at most max_norm. It becomes 0 if it is not finite,
-    or if the seed is not healthy (S,). Returns who is still healthy, and who was clipped."""
+    """Scale each seed's gradient to a norm of at most max_norm. The gradient becomes 0 if it is not
+    finite, or if the seed is not healthy (S,). Returns two bool tensors (S,): healthy, clipped."""
     norm = sum(p.grad.flatten(1).square().sum(1) for p in params).sqrt()  # (S,)
     healthy = healthy & torch.isfinite(norm)
     scale = torch.where(healthy, (max_norm / (norm + 1e-6)).clamp(max=1), 0)
@@ -416,8 +421,8 @@ def clip_per_seed(params, healthy, max_norm):
 
 def pilot_size(cfg, steps, rows, n):
     """P-POTS: the steps from one pilot to the next, and the sequences in a pilot. All pilots may
-    cost the share ppots_budget of the work, where a training step costs three forward passes of its
-    rows. A pilot needs 8 sequences at least, so there may be fewer pilots than ppots_refits."""
+    cost the share ppots_budget of the work. A training step costs as much as three forward passes
+    of its rows. A pilot needs 8 sequences, so there may be fewer pilots than ppots_refits."""
     sequences = cfg.ppots_budget * 3 * steps * rows / min(n, mdm.N_COUNTS)
     refits = max(1, min(cfg.ppots_refits, int(sequences / 8)))
     return math.ceil(steps / refits), max(8, int(sequences / refits))
@@ -442,7 +447,7 @@ def measure_table(cfg, seeds, model, train_x, pos, step, n_pilot):
 # --------------------------------------------------------------------------------------------------
 # Evaluation on held-out data: the same for every method, and always with the same masks.
 
-BOUND_MASKS = 8  # masks of a sequence
+BOUND_MASKS = 8  # masks per sequence in bound()
 
 
 def evaluate(model, data, quick=False):
@@ -467,7 +472,7 @@ def rows_at_once(model, n):
 
 @torch.no_grad()
 def accuracy(model, data, n_problems=None):
-    """The share of whole responses that are right, (S,): greedy, the surest token first."""
+    """The share of fully correct responses, (S,). Generation is greedy, the surest token first."""
     device = model.wte.device
     S = len(model.wte)
     pos = torch.arange(data.prompt_len, data.test.shape[1], device=device)
@@ -496,7 +501,7 @@ def bound(model, data, n_sequences):
     u = (torch.arange(BOUND_MASKS)[:, None] + u) / BOUND_MASKS
     r = torch.rand(*u.shape, len(pos), generator=draw)
     mask, weight = mdm.draw_masks("exactk", u, r)  # (1, 8, n_sequences, n)
-    mask = mask.transpose(0, 1).to(device)  # all masks lead, as for method_loss
+    mask = mask.transpose(0, 1).to(device)  # method_loss wants the masks first
     weight = weight.transpose(0, 1).to(device)
     nll = []
     for part in torch.arange(n_sequences, device=device).split(rows_at_once(model, len(pos))):
@@ -548,8 +553,7 @@ def load_start(cfg, method, data):
     """--init_from: the model to start from, {"name", "fingerprint", "weights"}."""
     base = "arm" if "arm" in mdm.parse_method(method) else "mdm"
     theirs = runs.find_checkpoint(cfg.init_from, base, None if cfg.init_seed < 0 else cfg.init_seed)
-    model, _ = build(cfg, method, [0], data, "cpu")  # only for its shape
-    if theirs["config"] != dataclasses.asdict(model.config):
+    if theirs["config"] != dataclasses.asdict(model_config(cfg, method, data)):
         fail(f"{cfg.init_from} has another model, {theirs['config']}: give the same settings")
     if theirs["vocabulary"] != dataclasses.asdict(data.vocabulary):
         fail(f"{cfg.init_from} was trained on other tokens than those of {cfg.dataset}")
@@ -612,7 +616,7 @@ def result_lines(cfg, method, seeds, data, state, start):
 
 
 def machine(device):
-    """What numbers may depend on besides the settings, because rounding does."""
+    """Facts about the machine: they affect rounding, and so the results."""
     here = os.path.dirname(os.path.abspath(__file__))
     processor = platform.processor() or platform.machine()
     commit = ""
@@ -658,7 +662,7 @@ def main(argv=None):
     cfg, methods, seeds = parse_args(argv)
     rank, world_size = runs.torchrun_share()
     if rank > 0:
-        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+        sys.stdout = open(os.devnull, "w")  # only the first process prints
     if cfg.report:  # train nothing
         out_dirs = cfg.out_dir.split(",") if cfg.out_dir else [runs.newest_folder() or "out"]
         try:
@@ -671,7 +675,9 @@ def main(argv=None):
     if cfg.variance and "mdm" not in methods:
         fail("--variance measures at the plain MDM's weights: add mdm to --method")
     if cfg.init_from and os.path.realpath(cfg.init_from) == os.path.realpath(cfg.out_dir):
-        fail("--init_from is --out_dir: the models to start from would be overwritten")
+        fail("--init_from and --out_dir are the same folder: choose another --out_dir")
+    if cfg.until_nll and world_size > 1:
+        fail("--until_nll needs all seeds in one process: leave torchrun out")
     seeds = [int(seed) for seed in np.array_split(seeds, world_size)[rank]]
     if not seeds:  # more processes than seeds
         return 0
@@ -687,7 +693,7 @@ def main(argv=None):
 
 
 def compare(cfg, methods, seeds, data, device):
-    """Train the methods one after another, save everything, and say what came out."""
+    """Train the methods one after another, save everything, and print the results."""
     settings = {s.name: getattr(cfg, s.name) for s in shared_settings(cfg)}
     settings |= {"data": data.fingerprint, "device": device.split(":")[0]}
     settings["fine_tuned"] = bool(cfg.init_from)  # from scratch is another comparison
@@ -698,10 +704,12 @@ def compare(cfg, methods, seeds, data, device):
     for method in methods:
         start = load_start(cfg, method, data) if cfg.init_from else None
         path = runs.checkpoint_path(cfg.out_dir, label(cfg, method), start, seeds)
-        jobs[method] = first_state(cfg, seeds, path, start), start, path
+        jobs[method] = (first_state(cfg, seeds, path, start), start, path)
     runs.join_folder(cfg.out_dir, settings)
     print(f"{cfg.dataset}: {data.describe()}\nseeds {seeds}; {cfg.steps} steps of {cfg.batch_size} "
-          f"on {device}, {torch.get_num_threads()} threads; all goes to {cfg.out_dir}")
+          f"on {device}, {torch.get_num_threads()} threads; results go to {cfg.out_dir}")
+    for name in sorted({start["name"] for _, start, _ in jobs.values() if start}):
+        print(f"every seed starts from {name} of {cfg.init_from}")
 
     lines = []  # of all methods
     left = {method: passes_left(method, state) for method, (state, _, _) in jobs.items()}
@@ -710,11 +718,10 @@ def compare(cfg, methods, seeds, data, device):
     for method, (state, start, path) in jobs.items():
         if not state.get("done"):
             for state in train(cfg, method, seeds, data, device, state):
-                model, _ = build(cfg, method, [0], data, "cpu")  # for its config
                 runs.save_checkpoint(path, {
                     "seeds": seeds, "start": start and start["fingerprint"], "state": state,
                     "dataset": cfg.dataset, "vocabulary": dataclasses.asdict(data.vocabulary),
-                    "config": dataclasses.asdict(model.config),
+                    "config": dataclasses.asdict(model_config(cfg, method, data)),
                 })  # fmt: skip
                 left[method] = passes_left(method, state)
                 print(progress(method, state, began, at_first, sum(left.values())), flush=True)
@@ -727,12 +734,12 @@ def compare(cfg, methods, seeds, data, device):
     ask = f"--method={shlex.quote(label(cfg, methods[-1]))} --show"
     if kind_of(cfg.dataset) == "sums":
         ask += " --prompt=" + shlex.quote(data.decode(data.test[0, : data.prompt_len]))
-    print(f"More of it: python train.py --report --out_dir={out_dir}\n"
+    print(f"Tables and figures: python train.py --report --out_dir={out_dir}\n"
           f"Try it: python sample.py --out_dir={out_dir} {ask}")
 
 
 def passes_left(method, state):
-    """The work that is left, in units of one plain training."""
+    """Passes still to do, where a plain training counts as 1."""
     if state.get("done"):
         return 0
     share = 1 - state.get("step", 0) / state.get("steps", 1)  # 1 before the training
@@ -741,7 +748,7 @@ def passes_left(method, state):
 
 def progress(method, state, began, at_first, left):
     """A line on the last evaluation: the scores of up to four seeds, and an estimate of the time
-    left. It takes all passes to be equally long."""
+    left. The estimate assumes that all passes take equally long."""
     line = f"{method:>20} step {state['step']:>5}/{state['steps']}"
     for name, values in state["curve"][-1].items():
         if name in ("loss", "accuracy", "nll") and values[0] is not None:

@@ -6,8 +6,8 @@
     mix3            007+042=0049             add3 with 1, 2 or 3 digits, for pretraining
 
 The prompt ends with the first `=`. The rest is the response, and only the response is masked,
-generated and scored. The problems are the same in all runs, and no test problem is for training.
-(But 86*47 may be for training when 47*86 is for tests: common in mul2, rare in add3.)
+generated and scored. The problems are the same in all runs. No test problem is used for training.
+(But 86*47 may be used for training when 47*86 is a test: common in mul2, rare in add3.)
 
 A task of your own is a function from a number i to problem i. Paste it above DATASETS:
 
@@ -99,7 +99,7 @@ def draw(name):
     texts = [add(3, 1000 * a + b) for a, b in pairs]
     # Short problems come up often. A checksum of the text puts all copies of one on the same side.
     test = [text for text in texts if zlib.crc32(text.encode()) % 8 == 0]
-    held_out = {*test, *draw("add3")[1]}  # since add3 is trained on after mix3
+    held_out = {*test, *draw("add3")[1]}  # add3 is fine-tuned after mix3: hide its tests, too
     train = [text for text in texts if text not in held_out]
     return train[:20_000], test[:8192]
 

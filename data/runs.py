@@ -6,10 +6,10 @@ the seed and the pretrained start. All other settings are the same for all runs:
     OUT_DIR/settings.json              the settings that all runs of this folder share
     OUT_DIR/results.jsonl              a line for each method, start and seed
     OUT_DIR/METHOD/ckpt_SEEDxN.pt      the checkpoint of N seeds trained together, the first is SEED
-    OUT_DIR/METHOD/ckpt_START_SEEDxN.pt      the same for a fine-tuning that began at START
+    OUT_DIR/METHOD/ckpt_START_SEEDxN.pt      the same for a model fine-tuned from START
 
-Under torchrun each process trains a share of the seeds. Seeds share nothing, so the processes need
-not talk to each other: they only take turns at writing results.jsonl.
+Under torchrun each process trains a share of the seeds. Seeds share nothing, so processes do not
+communicate, except for a lock on results.jsonl.
 """
 import contextlib
 import glob
@@ -47,7 +47,7 @@ def torchrun_share():
 
 
 def stem(path):
-    """The name of a file or folder, without folders before it and ending: a/b.txt -> b."""
+    """The name of a file or folder, without its path and its ending: a/b.txt -> b."""
     return os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
 
 
@@ -106,8 +106,8 @@ def lock(out_dir, share):
 
 
 def guarded(main):
-    """Run a program's main function. Faults that no setting can be blamed for end it in one line:
-    Ctrl-C, a closed pipe, a full disk, too little memory."""
+    """Run a program's main function. Faults outside our control end it in one line: Ctrl-C, a
+    closed pipe, a full disk, too little memory."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # any text can be printed on any terminal
     try:
@@ -133,7 +133,7 @@ def guarded(main):
 
 
 def newest_folder(parent="out"):
-    """The folder in parent whose results are newest. None if there is none."""
+    """The folder in parent that was trained in last. None if there is none."""
     found = glob.glob(os.path.join(parent, "*", "settings.json"))
     return os.path.dirname(max(found, key=os.path.getmtime)) if found else None
 
@@ -150,7 +150,7 @@ def read_settings(out_dir):
 
 
 def join_folder(out_dir, settings):
-    """Write the settings of a new folder. For an old one, refuse settings that differ from its."""
+    """Write the settings of a new folder. For an old one, refuse different settings."""
     with filelock.FileLock(os.path.join(out_dir, "lock.results")):
         theirs = read_settings(out_dir)
         if theirs is None:
@@ -158,15 +158,16 @@ def join_folder(out_dir, settings):
                 fail(f"{out_dir} has results of an older version: take another --out_dir")
             theirs = settings
         for name, value in settings.items():
-            if theirs.get(name) != value and name != "dataset":  # its fingerprint "data" decides
+            if theirs.get(name) != value and name != "dataset":  # "data" identifies it
                 fail(f"the runs in {out_dir} have {name} {theirs.get(name)}, not {value}: "
                      "take another --out_dir")
+        # Even if unchanged: the date tells newest_folder() which folder was used last.
         write_lines(os.path.join(out_dir, "settings.json"), [theirs])
 
 
 def read_lines(path):
     """(lines, damaged): the lines as dictionaries, and the text of those that cannot be read.
-    A damaged line causes a warning. save_lines writes it back, so nothing is lost."""
+    We warn about a damaged line. save_lines writes it back, so nothing is lost."""
     good = []
     damaged = []
     with open(path, encoding="utf-8-sig", errors="replace", newline="\n") as f:
@@ -200,8 +201,8 @@ def save_lines(out_dir, lines):
     path = os.path.join(out_dir, "results.jsonl")
     with filelock.FileLock(os.path.join(out_dir, "lock.results")):
         old, damaged = read_lines(path) if os.path.exists(path) else ([], [])
-        every = {run_of(line): line for line in old + lines}
-        write_lines(path, [*every.values(), *damaged])
+        by_run = {run_of(line): line for line in old + lines}
+        write_lines(path, [*by_run.values(), *damaged])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -231,7 +232,7 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as e:
         fail(f"cannot read {path}: {e.strerror or e}")
-    except Exception as e:  # whatever torch makes of a file that is damaged or not its own
+    except Exception as e:  # torch raises many kinds of errors for a bad file
         why = str(e).partition("\n")[0][:100]
         fail(f"{path} is no checkpoint, or damaged, or too large ({why}): move it away")
     if not isinstance(checkpoint, dict) or checkpoint.get("version") != VERSION:

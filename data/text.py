@@ -2,7 +2,7 @@
 
 The first 90 % of the text is for training, the rest for validation. A sequence is a window of
 block_size + 1 tokens. Its first token is the prompt and the others are the response. An ARM then
-has nanoGPT's loss at the same block_size, and an MDM answers the very same question as the ARM:
+has nanoGPT's loss at the same block_size, and an MDM answers the same question as the ARM:
 -log p(block_size tokens | the token before them).
 
 `python data/text.py FILE` shows the size and the beginning of a text. Without FILE it shows
@@ -63,7 +63,7 @@ class Text:
     vocabulary: Vocabulary
     tokens: torch.Tensor  # (N,) the ids of the training text, as uint8 or int32
     test: torch.Tensor  # (n_blocks, T) int64, from the validation text
-    counts: np.ndarray  # (V,) how often each token occurs in the training text
+    rare: list  # ISAD's default: the ids of the rarest tokens, together at most 5 % of the text
     fingerprint: str  # of the whole text
     prompt_len: int = 1
     structural: tuple = ()  # for SyRM: text has no symbols at fixed positions
@@ -75,12 +75,6 @@ class Text:
     def train_blocks(self, device):
         """All windows of T tokens, (N - T + 1, T): a view, which costs no memory."""
         return self.tokens.to(device).unfold(0, self.test.shape[1], 1)
-
-    @property
-    def rare(self):
-        """ISAD's default: the ids (list) of the rarest tokens, together at most 5 % of the text."""
-        order = np.argsort(self.counts, kind="stable")
-        return order[np.cumsum(self.counts[order]) <= 0.05 * self.counts.sum()].tolist()
 
     def describe(self):
         sample = self.decode(self.tokens[:40])
@@ -151,12 +145,14 @@ def make(path, block_size, tokenizer="char"):
     split = int(0.9 * len(ids))
     tokens = torch.from_numpy(ids[:split])
     counts = np.bincount(ids[:split], minlength=len(vocabulary))
+    order = np.argsort(counts, kind="stable")  # the rarest first
+    rare = order[np.cumsum(counts[order]) <= 0.05 * split].tolist()
     # A block begins with the last token of the one before, so each token is asked for once.
     blocks = torch.from_numpy(ids[split:]).unfold(0, T, block_size)
     chosen = torch.linspace(0, len(blocks) - 1, min(N_TEST, len(blocks))).round().long()
     test = blocks[chosen].long()
     known_by = runs.fingerprint(ids, vocabulary.items)
-    return Text(path, vocabulary, tokens, test, counts, known_by)
+    return Text(path, vocabulary, tokens, test, rare, known_by)
 
 
 if __name__ == "__main__":

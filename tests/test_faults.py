@@ -380,7 +380,7 @@ def test_fine_tuning_starts_every_seed_at_one_model(trained, capsys):
     run("--out_dir=pre", "--lr=0.1", "--method=arm,mdm")  # another one with the name add2-1
     assert "another add2-1" in refused(capsys, *tune, "--init_from=pre")
     assert "fine_tuned True, not False" in refused(capsys, *tune)
-    assert "overwritten" in refused(capsys, "--out_dir=pre", "--lr=0.1", "--init_from=./pre")
+    assert "same folder" in refused(capsys, "--out_dir=pre", "--lr=0.1", "--init_from=./pre")
 
 
 @pytest.mark.parametrize("flag, words", {
@@ -401,12 +401,12 @@ def test_a_start_that_does_not_fit_is_refused(flag, words, trained, capsys):
     "--method=mdm_batch2_steps2": "choose one", "--baseline=nonsense": "unknown method",
     "--nonsense=1": "unrecognized", "--ste=5": "unrecognized", "--lr=x": "invalid float",
     "--lr=nan": "between", "--beta2=1": "beta2", "--steps=0": "not between 1 and 1000000000",
-    "--n_embd=18": "twice --n_head=2", "--ppots_fit=x --method=ppots": "none of epr, grid",
+    "--n_embd=18": "twice --n_head=2", "--ppots_fit=x --method=ppots": "one of epr, grid",
     "--seeds=1,01": "different whole numbers", "--seeds=-1": "different whole numbers",
     "--n_seeds=2": "give one of them", "--dataset=add9": "add9",
-    "--n_train=20000000": "9000 training problems", "--block_size=32": "has an effect on text",
-    "--tokenizer=gpt2": "has an effect on text", "--ppots_fit=grid": "has an effect on ppots",
-    "--isad_tokens=1": "has an effect on isad", "--method=isad": "none of its tokens",
+    "--n_train=20000000": "9000 training problems", "--block_size=32": "affects text",
+    "--tokenizer=gpt2": "affects text", "--ppots_fit=grid": "affects ppots",
+    "--isad_tokens=1": "affects isad", "--method=isad": "none of its tokens",
     "--method=isad --isad_tokens=+=": "none of its tokens", "--method=isad --isad_tokens=x": "'x'",
     "--method=strats --batch_size=7": "no strata", "--init_seed=3": "--init_from",
     "--device=moon": "--device=moon", "--method=arm --variance": "add mdm",
@@ -417,7 +417,7 @@ def test_training_refuses(flags, words, capsys):
 
 
 @pytest.mark.parametrize("flags, words", {
-    "--n_train=5": "has an effect on sums", "--method=syrm": "syrm",
+    "--n_train=5": "affects sums", "--method=syrm": "syrm",
 }.items())  # fmt: skip
 def test_training_on_text_refuses(flags, words, capsys):
     assert words in refused(capsys, flags, common=TEXT)

@@ -1,7 +1,7 @@
 """Tables of results with 95 % intervals, and a sentence on the paper's claim. Trains nothing.
 
-All numbers come from one pivot: a row per start (the pretraining of a fine-tuned run), a column per
-seed, an array per method. So no run can be compared with another seed's or another start's."""
+All numbers come from one table per method, with a row for each start (the pretraining of a run) and
+a column for each seed. So no run can be compared with that of another seed or another start."""
 import math
 import textwrap
 
@@ -14,7 +14,7 @@ SCALES = {"accuracy": "the logit of the accuracy", "nll": "the log of the nll"}
 CLAIM = ["mdm", "mdm_batch2", "mdm_steps2", "multi2"]  # the last three cost as much as MIRROR
 Z975 = 1.959964  # the 97.5 % quantile of the normal law
 T975 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365]  # and of Student's t with 1 to 7 df
-CORNISH_FISHER = [1.59, 2.556, 2.8225, 2.3723, Z975]  # with more: this polynomial of 1 / df
+CORNISH_FISHER = [1.59, 2.556, 2.8225, 2.3723, Z975]  # above 7: about this polynomial in 1 / df
 
 
 def score(results):
@@ -47,7 +47,7 @@ def units(x):
 
 @np.errstate(invalid="ignore")
 def interval(sample):
-    """(mean, low, high) of a sample (n,) by Student's t; nan for ends that nothing determines."""
+    """(mean, low, high) of a sample (n,) by Student's t. low and high are nan if n < 2."""
     n = len(sample)
     mean = sample.sum() / n if n else math.nan
     if n < 2:
@@ -76,7 +76,7 @@ def compare(settings, results, method, other):
     starts, seeds, columns = wide(results, key)
     missing = np.full((len(starts), len(seeds)), np.nan)
     pair = np.array([columns.get(name, missing) for name in (method, other)])
-    minus = np.where(np.isinf(pair).all(0), 0.0, pair[0] - pair[1])  # two lost runs are equal
+    minus = np.where(np.isinf(pair).all(0), 0.0, pair[0] - pair[1])  # both diverged: no difference
     sample = units(UNITS[key][0] * minus)
     size = f"{'pretrainings' if len(starts) > 1 else 'seeds'}: {len(sample)}" if len(sample) else ""
     if key == "accuracy":
@@ -115,7 +115,7 @@ steps whose gradient was clipped. seconds: of all runs together. diverged: count
 
 
 def table(settings, results, baseline):
-    """The table as text: a row per method, those of one pass first, then the legend."""
+    """The table as text: a row per method, methods of one pass first, and then the legend."""
     key = score(results)
     starts, seeds, columns = wide(results, key)
     few = len(starts) == 1 and len(seeds) <= 4
@@ -153,7 +153,7 @@ def table(settings, results, baseline):
 
 
 def verdict(settings, results, method="ppots_mirror", others=CLAIM):
-    """A line on a method minus each other: the difference, and the ratio of the SDs."""
+    """A line for each other method: the difference to it, and the ratio of the SDs."""
     key = score(results)
     _, places, unit = UNITS[key]
     said = []
