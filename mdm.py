@@ -500,17 +500,18 @@ def count_law(words, n, n_max, table=None):
     """The law of k = 1 ... n_max for responses of n (..., B or 1) tokens: P(k) and the weight of
     each k, both (..., B or 1, n_max), in n's dtype. words are those of the method's name, such as
     {"sqrtk", "mirror"} (section 8). ppots needs a table (..., N_CELLS)."""
-    k = torch.arange(1, n_max + 1).to(n)
+    k = torch.arange(1, n_max + 1, dtype=n.dtype, device=n.device)
+    middle = (torch.arange(N_CELLS, dtype=n.dtype, device=n.device) + 0.5) / N_CELLS  # of each cell
     n = n[..., None]
     # The weight of k is the integral of Bin(k; n, t) / t over all t, divided by P(k).
     integral = 1 / k
     if "sqrtk" in words:
         chance = k**-0.5
     elif "ppots" in words:
-        binomial = binomial_law(n, CELLS.to(n), k)
+        binomial = binomial_law(n, middle.square(), k)
         chance = (table[..., None, None, :].to(n) @ binomial).squeeze(-2)
     elif "clipped" in words:
-        t = clipped((torch.arange(N_CELLS).to(n) + 0.5) / N_CELLS)
+        t = clipped(middle)
         binomial = binomial_law(n, t, k)
         chance = binomial.mean(-2)
         integral = (binomial / t[:, None]).mean(-2)
