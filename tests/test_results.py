@@ -8,11 +8,6 @@ from data import runs
 from data.results import report
 
 ROOT = Path(__file__).resolve().parent.parent
-NAMES = {
-    "autoregressive": "arm", "plain MDM": "mdm", "P-POTS": "ppots", "P(k) ~ 1/sqrt(k)": "sqrtk",
-    "P-POTS+MIRROR": "ppots_mirror", "twice the batch": "mdm_batch2",
-    "exact counts + MIRROR": "exactk_mirror", "twice the steps": "mdm_steps2",
-}  # fmt: skip
 
 
 def without_zero(text):
@@ -35,8 +30,7 @@ def test_tables_follow_from_the_lines(page):
     passes = {line["method"]: str(line["passes"]) for line in lines}
     found = rows(ROOT / page)
     assert len(found) >= 8
-    for name, n_passes, accuracy, *differences in found:
-        method = NAMES.get(name, name)
+    for method, n_passes, accuracy, *differences in found:
         assert columns[method].shape == (4, 8)  # pretrainings and seeds, none left out
         assert n_passes == passes[method]
         shown = without_zero(report.show(report.interval(report.units(columns[method]))))
