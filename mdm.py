@@ -216,8 +216,8 @@ def mdm_loss(nll, mask, weight, n=None):
     Plain training has weight 1/p_mask. n (...) is the number of response tokens. It is only needed
     if the last axis holds other tokens as well."""
     if n is None:
-        n = nll.shape[-1]
-    return (nll * mask * weight).sum(-1) / n
+        return (nll * mask * weight).mean(-1)
+    return (nll * mask * weight).sum(-1) / n.clamp(min=1)  # 0 for a sequence without response
 
 
 EPS = 1e-3  # the smallest masking probability, as in LLaDA
@@ -533,8 +533,9 @@ def draw_count(u, n, chance, weight):
 # --------------------------------------------------------------------------------------------------
 # 8. A method is a set of words. "ppots_mirror" is {"ppots", "mirror"}; "mdm" is the empty set.
 #
-# A METHOD OF YOUR OWN goes here: a word with a short description in MASKING, and an `if` where it
-# belongs, in draw_rates or draw_masks. train.py, its --help and sample.py then know it.
+# A METHOD OF YOUR OWN goes here: a word of small letters with a short description in MASKING, and
+# an `if` where it belongs: in draw_masks for u, r or the mask, in draw_rates for p and the weight.
+# Then train.py, its --help and sample.py know it. Without an `if` it is plain training.
 
 MASKING = {  # words that change the masks or their weights
     "ppots": "t from the density of least variance, measured by a pilot",

@@ -9,7 +9,8 @@ The prompt ends with the first `=`. The rest is the response, and only the respo
 generated and scored. The problems are the same in all runs. No test problem is used for training.
 (But 86*47 may be used for training when 47*86 is a test: common in mul2, rare in add3.)
 
-A task of your own is a function from a number i to problem i. Paste it above DATASETS:
+A task of your own is a function from a number i to problem i. All problems have the same length,
+and the first `=` in the same place. Paste it above DATASETS:
 
     def reverse(i):
         digits = f"{i:05}"
@@ -110,6 +111,8 @@ def make(name, n_train=0, n_test=512):
     if name not in DATASETS:
         raise ValueError(f"unknown dataset '{name}': choose one of {', '.join(DATASETS)}")
     train, test = draw(name)
+    if len({(len(text), text.find("=")) for text in train + test}) > 1 or "=" not in train[0]:
+        raise ValueError(f"{name}: give all problems one length, and their first = one place")
     if n_train > len(train):
         raise ValueError(f"{name} has {len(train)} training problems, not {n_train}")
     vocabulary = Vocabulary("char", sorted(set("".join(train + test))))
