@@ -5,8 +5,8 @@ the seed and the pretrained start. All other settings are the same for all runs:
 
     OUT_DIR/settings.json              the settings that all runs of this folder share
     OUT_DIR/results.jsonl              a line for each method, start and seed
-    OUT_DIR/METHOD/ckpt_SEEDxN.pt      the checkpoint of N seeds trained together, the first is SEED
-    OUT_DIR/METHOD/ckpt_START_SEEDxN.pt      the same for a model fine-tuned from START
+    OUT_DIR/METHOD/ckpt_SEEDxN-*.pt    the checkpoint of N seeds trained together, the first is SEED
+    OUT_DIR/METHOD/ckpt_START_SEEDxN-*.pt    the same for a model fine-tuned from START
 
 Under torchrun each process trains a share of the seeds. Seeds share nothing, so processes do not
 communicate, except for a lock on results.jsonl.
@@ -212,7 +212,8 @@ def save_lines(out_dir, lines):
 def checkpoint_path(out_dir, method, start, seeds):
     """start: None, or a dictionary with a "name"."""
     start_name = f"{start['name']}_" if start else ""
-    return os.path.join(out_dir, method, f"ckpt_{start_name}{seeds[0]}x{len(seeds)}.pt")
+    name = f"ckpt_{start_name}{seeds[0]}x{len(seeds)}-{fingerprint(seeds)}.pt"
+    return os.path.join(out_dir, method, name)
 
 
 def checkpoints_beside(path):
