@@ -14,10 +14,10 @@ import torch
 import mdm
 import sample
 import train
-from data import arith, runs, text
+from data import runs, text
 from data.results import report, variance
 from test_estimators import draw, float64, seeded
-from test_faults import SUMS, TEXT, ASK, CONTENT, run, results, refused, read_lines, TINY, in_a_new_directory
+from test_faults import ASK, SUMS, TEXT, in_a_new_directory, read_lines, refused, results, run  # noqa: F401
 import test_model
 import test_report
 
