@@ -6,12 +6,13 @@
     python train.py --n_seeds=32                           32 seeds, trained as one batch
     python train.py --dataset=shakespeare_char             a text; or --dataset=FILE, your own
     python train.py --report                               tables and figures of the newest results
-    torchrun --nproc_per_node=2 train.py --n_seeds=32      share the seeds over processes or GPUs
 
 Text has other defaults: n_layer 4, n_embd 128, batch_size 12, steps 2000.
+To use two GPUs, run two commands with different methods or seeds in the same --out_dir.
 A method is arm, mdm, or several words joined by _, for example ppots_mirror. The words:
 """
 import argparse
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -339,7 +340,7 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
     rare = torch.tensor(data.rare, dtype=torch.int64, device=device)
     loss_of = torch.compile(sequence_loss) if cfg.compile else sequence_loss
     refit_every, n_pilot = pilot_size(cfg, steps, B * work.masks, len(pos))  # for P-POTS
-    in_epochs = isinstance(data, arith.Arithmetic)
+    in_epochs = not data.is_text
     first = state["step"]
     numbers = random_numbers(words, seeds, first, B, len(pos), len(train_x), in_epochs, device)
     loss_sum = torch.zeros(len(seeds), device=device)  # since the last evaluation
@@ -454,7 +455,7 @@ def evaluate(model, data, quick=False):
     """The scores of each seed, as lists: "nll", its standard error "nll_se", for sums "accuracy".
     quick: at most 512 problems and 128 sequences, instead of all problems and 512 sequences."""
     scores = {}
-    if isinstance(data, arith.Arithmetic):
+    if not data.is_text:
         scores["accuracy"] = accuracy(model, data, 512 if quick else None).tolist()
     nll = bound(model, data, 128 if quick else 512)  # (S, n_sequences)
     scores["nll"] = nll.mean(1).tolist()
@@ -570,16 +571,8 @@ def load_start(cfg, method, data):
 
 def first_state(cfg, seeds, path, start):
     """The state to hand to train(): from a checkpoint (--resume), from --init_from, or none."""
-    if cfg.resume:
-        for other in runs.checkpoints_beside(path):  # of the same method and start, ours first
-            theirs = runs.load_checkpoint(other)
-            if theirs["seeds"] == seeds and theirs["start"] != (start and start["fingerprint"]):
-                fail(f"{other} started from other weights: leave out --resume, or give its start")
-            if theirs["seeds"] == seeds:
-                return theirs["state"]
-            if set(theirs["seeds"]) & set(seeds):
-                fail(f"{other} holds the seeds {theirs['seeds']}, not {seeds}: --resume with the "
-                     "same seeds and as many processes as before")
+    if cfg.resume and os.path.exists(path):
+        return runs.load_checkpoint(path)["state"]
     if start:
         weights = start["weights"].items()
         return {"model": {k: v.repeat_interleave(len(seeds), 0) for k, v in weights}}  # for all
@@ -617,41 +610,33 @@ def result_lines(cfg, method, seeds, data, state, start):
 
 def machine(device):
     """Facts about the machine: they affect rounding, and so the results."""
-    here = os.path.dirname(os.path.abspath(__file__))
     processor = platform.processor() or platform.machine()
     commit = ""
-    try:
-        git = ["git", "-C", here, "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    with contextlib.suppress(OSError):  # no Linux
         with open("/proc/cpuinfo") as f:
             names = [x.split(":")[1].strip() for x in f if x.startswith("model name")]
         processor = names[0] if names else processor
-    except OSError:
-        pass  # no git, or no Linux
+    with contextlib.suppress(OSError):  # no git
+        here = os.path.dirname(os.path.abspath(__file__))
+        git = ["git", "-C", here, "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     if device.startswith("cuda"):
         processor = torch.cuda.get_device_name(device)
-    versions = {"torch": str(torch.__version__), "commit": commit}
-    return {"processor": processor, "threads": torch.get_num_threads(), **versions}
+    return {"processor": processor, "threads": torch.get_num_threads(),
+            "torch": str(torch.__version__), "commit": commit}  # fmt: skip
 
 
-def pick_device(name, rank=0):
+def pick_device(name):
     """The torch name of a device: what --device says, or the best there is for "auto"."""
-    chosen = name
     if name == "auto":
         there = torch.accelerator.is_available()
-        chosen = torch.accelerator.current_accelerator().type if there else "cpu"
+        name = torch.accelerator.current_accelerator().type if there else "cpu"
     try:
-        if chosen == "cuda":  # each of torchrun's processes takes a GPU of its own
-            local_rank = int(os.environ.get("LOCAL_RANK") or rank)
-            chosen = f"cuda:{local_rank % max(1, torch.cuda.device_count())}"
-        torch.zeros(1, device=chosen).item()
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError, ValueError) as e:
         why = str(e).partition("\n")[0]
-        if name == "auto":
-            print(f"{chosen} cannot be used ({why}): using the CPU instead")
-            return "cpu"
-        fail(f"--device={name} cannot be used here ({why}): try --device=cpu")
-    return chosen
+        fail(f"the device {name} cannot be used here ({why}): try --device=cpu")
+    return name
 
 
 # --------------------------------------------------------------------------------------------------
@@ -660,32 +645,23 @@ def pick_device(name, rank=0):
 
 def main(argv=None):
     cfg, methods, seeds = parse_args(argv)
-    rank, world_size = runs.torchrun_share()
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")  # only the first process prints
     if cfg.report:  # train nothing
         out_dirs = cfg.out_dir.split(",") if cfg.out_dir else [runs.newest_folder() or "out"]
         try:
-            return report.main(out_dirs, cfg.baseline) if rank == 0 else 0
+            return report.main(out_dirs, cfg.baseline)
         except ValueError as e:
             fail(e)
     data = load_data(cfg, methods)  # before the folder is made, in case it fails
-    device = pick_device(cfg.device, rank)
+    device = pick_device(cfg.device)
     cfg.out_dir = cfg.out_dir or default_folder(cfg)
     if cfg.variance and "mdm" not in methods:
         fail("--variance measures at the plain MDM's weights: add mdm to --method")
     if cfg.init_from and os.path.realpath(cfg.init_from) == os.path.realpath(cfg.out_dir):
         fail("--init_from and --out_dir are the same folder: choose another --out_dir")
-    if cfg.until_nll and world_size > 1:
-        fail("--until_nll needs all seeds in one process: leave torchrun out")
-    seeds = [int(seed) for seed in np.array_split(seeds, world_size)[rank]]
-    if not seeds:  # more processes than seeds
-        return 0
     try:
-        with runs.lock(cfg.out_dir, (rank + 1, world_size)):
-            compare(cfg, methods, seeds, data, device)
-            if cfg.variance and rank == 0:
-                variance.measure(cfg, methods, seeds[:1], data, device, build)
+        compare(cfg, methods, seeds, data, device)
+        if cfg.variance:
+            variance.measure(cfg, methods, seeds[:1], data, device, build)
     except KeyboardInterrupt:
         print("\nstopped; add --resume to the same command to go on from the last evaluation")
         return 130
@@ -697,45 +673,50 @@ def compare(cfg, methods, seeds, data, device):
     settings = {s.name: getattr(cfg, s.name) for s in shared_settings(cfg)}
     settings |= {"data": data.fingerprint, "device": device.split(":")[0]}
     settings["fine_tuned"] = bool(cfg.init_from)  # from scratch is another comparison
-    if kind_of(cfg.dataset) == "sums":
+    if not data.is_text:
         settings["n_test"] = len(data.test)  # some tasks have fewer than asked for
-
-    jobs = {}  # for each method: its state, its start and its checkpoint's path
-    for method in methods:
-        start = load_start(cfg, method, data) if cfg.init_from else None
-        path = runs.checkpoint_path(cfg.out_dir, label(cfg, method), start, seeds)
-        jobs[method] = (first_state(cfg, seeds, path, start), start, path)
+    starts = {m: load_start(cfg, m, data) if cfg.init_from else None for m in methods}
+    paths = {m: runs.checkpoint_path(cfg.out_dir, label(cfg, m), starts[m], seeds) for m in methods}
     runs.join_folder(cfg.out_dir, settings)
     print(f"{cfg.dataset}: {data.describe()}\nseeds {seeds}; {cfg.steps} steps of {cfg.batch_size} "
           f"on {device}, {torch.get_num_threads()} threads; results go to {cfg.out_dir}")
-    for name in sorted({start["name"] for _, start, _ in jobs.values() if start}):
-        print(f"every seed starts from {name} of {cfg.init_from}")
+    if cfg.init_from:
+        print(f"every seed starts from {starts[methods[0]]['name']} of {cfg.init_from}")
 
     lines = []  # of all methods
-    left = {method: passes_left(method, state) for method, (state, _, _) in jobs.items()}
-    at_first = sum(left.values())
-    began = time.perf_counter()
-    for method, (state, start, path) in jobs.items():
-        if not state.get("done"):
-            for state in train(cfg, method, seeds, data, device, state):
-                runs.save_checkpoint(path, {
-                    "seeds": seeds, "start": start and start["fingerprint"], "state": state,
-                    "dataset": cfg.dataset, "vocabulary": dataclasses.asdict(data.vocabulary),
-                    "config": dataclasses.asdict(model_config(cfg, method, data)),
-                })  # fmt: skip
-                left[method] = passes_left(method, state)
-                print(progress(method, state, began, at_first, sum(left.values())), flush=True)
-        found = result_lines(cfg, method, seeds, data, state, start)
-        runs.save_lines(cfg.out_dir, found)
-        lines += found
+    with contextlib.ExitStack() as locks:
+        for path in paths.values():
+            locks.enter_context(runs.lock(path))  # one program at a time
+        states = {m: first_state(cfg, seeds, paths[m], starts[m]) for m in methods}
+        left = {m: passes_left(m, states[m]) for m in methods}
+        at_first = sum(left.values())
+        began = time.perf_counter()
+        for method, state in states.items():
+            if not state.get("done"):
+                for state in train(cfg, method, seeds, data, device, state):
+                    save(cfg, method, seeds, data, state, paths[method])
+                    left[method] = passes_left(method, state)
+                    print(progress(method, state, began, at_first, sum(left.values())), flush=True)
+            found = result_lines(cfg, method, seeds, data, state, starts[method])
+            runs.save_lines(cfg.out_dir, found)
+            lines += found
 
     print(f"\n{report.table(settings, lines, cfg.baseline)}\n\n{report.verdict(settings, lines)}")
     out_dir = shlex.quote(cfg.out_dir)
     ask = f"--method={shlex.quote(label(cfg, methods[-1]))} --show"
-    if kind_of(cfg.dataset) == "sums":
+    if not data.is_text:
         ask += " --prompt=" + shlex.quote(data.decode(data.test[0, : data.prompt_len]))
     print(f"Tables and figures: python train.py --report --out_dir={out_dir}\n"
           f"Try it: python sample.py --out_dir={out_dir} {ask}")
+
+
+def save(cfg, method, seeds, data, state, path):
+    """A checkpoint: everything that --resume, --init_from and sample.py need."""
+    runs.save_checkpoint(path, {
+        "seeds": seeds, "state": state, "dataset": cfg.dataset,
+        "vocabulary": dataclasses.asdict(data.vocabulary),
+        "config": dataclasses.asdict(model_config(cfg, method, data)),
+    })  # fmt: skip
 
 
 def passes_left(method, state):

@@ -7,9 +7,6 @@ the seed and the pretrained start. All other settings are the same for all runs:
     OUT_DIR/results.jsonl              a line for each method, start and seed
     OUT_DIR/METHOD/ckpt_SEEDxN-*.pt    the checkpoint of N seeds trained together, the first is SEED
     OUT_DIR/METHOD/ckpt_START_SEEDxN-*.pt    the same for a model fine-tuned from START
-
-Under torchrun each process trains a share of the seeds. Seeds share nothing, so processes do not
-communicate, except for a lock on results.jsonl.
 """
 import contextlib
 import glob
@@ -29,21 +26,6 @@ def fail(message):
     """Say in one line what is wrong and what to do, and leave with code 2."""
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
-
-
-def torchrun_share():
-    """This process's rank and the number of processes, (0, 1) without torchrun."""
-    rank = os.environ.get("RANK") or None
-    world_size = os.environ.get("WORLD_SIZE") or None
-    if rank is None and world_size in (None, "1"):
-        return 0, 1
-    try:
-        share = int(rank), int(world_size)
-        if 0 <= share[0] < share[1]:
-            return share
-    except (TypeError, ValueError):
-        pass
-    fail(f"RANK={rank} and WORLD_SIZE={world_size} do not fit: unset both, or start with torchrun")
 
 
 def stem(path):
@@ -80,29 +62,25 @@ def write(path, save):
 
 
 def write_lines(path, lines):
-    """Write a file with a line of JSON for each dictionary. A string is written as it is."""
+    """Write a file with a line of JSON for each dictionary."""
 
     def save(name):
         with open(name, "w", encoding="utf-8") as f:
-            f.writelines((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines)
+            f.writelines(json.dumps(line) + "\n" for line in lines)
 
     write(path, save)
 
 
-@contextlib.contextmanager
-def lock(out_dir, share):
-    """Keep other runs out of out_dir. The system lets go of the lock even after kill -9.
-    Each of torchrun's processes has a lock of its own."""
-    path = os.path.join(out_dir, f"lock.{share[0]}of{share[1]}")
+def lock(path, timeout=0):
+    """A context manager: only one program at a time can hold path. The others fail after timeout
+    seconds, or wait (-1). The system lets go of a lock even after kill -9."""
     try:
-        os.makedirs(out_dir, exist_ok=True)
-        held = filelock.FileLock(path).acquire(timeout=0)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        return filelock.FileLock(f"{path}.lock").acquire(timeout)
     except filelock.Timeout:
-        fail(f"--out_dir={out_dir} is in use by another run: wait, or choose another")
+        fail(f"{path} is in use by another run: wait, or choose another --out_dir")
     except (OSError, NotImplementedError) as e:
-        fail(f"cannot write to --out_dir={out_dir}: {getattr(e, 'strerror', None) or e}")
-    with held:
-        yield
+        fail(f"cannot write {path}: {getattr(e, 'strerror', None) or e}")
 
 
 def guarded(main):
@@ -140,49 +118,30 @@ def newest_folder(parent="out"):
 
 def read_settings(out_dir):
     """The shared settings of a folder. None if it has none yet."""
-    try:
-        with open(os.path.join(out_dir, "settings.json"), encoding="utf-8") as f:
-            return json.load(f)
-    except FileNotFoundError:
+    path = os.path.join(out_dir, "settings.json")
+    if not os.path.exists(path):
         return None
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
     except (OSError, ValueError) as e:
-        fail(f"cannot read {os.path.join(out_dir, 'settings.json')}: {e}")
+        fail(f"cannot read {path}: {e}")
 
 
 def join_folder(out_dir, settings):
     """Write the settings of a new folder. For an old one, refuse different settings."""
-    with filelock.FileLock(os.path.join(out_dir, "lock.results")):
+    with lock(os.path.join(out_dir, "settings.json"), -1):
         theirs = read_settings(out_dir)
-        if theirs is None:
-            if glob.glob(os.path.join(glob.escape(out_dir), "results*.jsonl")):
-                fail(f"{out_dir} has results of an older version: take another --out_dir")
-            theirs = settings
+        if theirs is None and glob.glob(os.path.join(glob.escape(out_dir), "results*.jsonl")):
+            fail(f"{out_dir} has results of an older version: take another --out_dir")
         for name, value in settings.items():
-            if theirs.get(name) != value and name != "dataset":  # "data" identifies it
-                fail(f"the runs in {out_dir} have {name} {theirs.get(name)}, not {value}: "
+            old = (theirs or settings).get(name)
+            if old != value and name != "dataset":  # "data" identifies it
+                fail(f"the runs in {out_dir} have {name} {old}, not {value}: "
                      "take another --out_dir")
         # Even if unchanged: the date tells newest_folder() which folder was used last.
-        write_lines(os.path.join(out_dir, "settings.json"), [theirs])
-
-
-def read_lines(path):
-    """(lines, damaged): the lines as dictionaries, and the text of those that cannot be read.
-    We warn about a damaged line. save_lines writes it back, so nothing is lost."""
-    good = []
-    damaged = []
-    with open(path, encoding="utf-8-sig", errors="replace", newline="\n") as f:
-        for number, text in enumerate(f, 1):
-            try:
-                line = json.loads(text)
-                if not {"method", "seed", "start", "nll"} <= set(line):
-                    raise ValueError
-                good.append(line)
-            except (ValueError, TypeError):
-                if text.strip():
-                    damaged.append(text.rstrip("\r\n"))
-                    print(f"warning: line {number} of {path} is damaged, or of an older version: "
-                          "it is kept, and not used", file=sys.stderr)
-    return good, damaged
+        write_lines(os.path.join(out_dir, "settings.json"), [theirs or settings])
+    read_results(out_dir)  # damaged lines are found before the training, not after it
 
 
 def run_of(line):
@@ -190,19 +149,29 @@ def run_of(line):
 
 
 def read_results(out_dir):
-    """All result lines of a folder. Where a run is there twice, the later line counts."""
+    """All result lines of a folder, as dictionaries. Where a run is there twice, the later line
+    counts."""
     path = os.path.join(out_dir, "results.jsonl")
-    lines, _ = read_lines(path) if os.path.exists(path) else ([], [])
-    return list({run_of(line): line for line in lines}.values())
+    if not os.path.exists(path):
+        return []
+    by_run = {}
+    with open(path, encoding="utf-8") as f:
+        for number, text in enumerate(f, 1):
+            try:
+                line = json.loads(text)
+                by_run[run_of(line)] = line
+            except (ValueError, TypeError, KeyError):
+                fail(f"line {number} of {path} is damaged, or of an older version: mend it, or "
+                     "move it to another file")
+    return list(by_run.values())
 
 
 def save_lines(out_dir, lines):
     """Add lines to results.jsonl. A line replaces the older line of the same run."""
     path = os.path.join(out_dir, "results.jsonl")
-    with filelock.FileLock(os.path.join(out_dir, "lock.results")):
-        old, damaged = read_lines(path) if os.path.exists(path) else ([], [])
-        by_run = {run_of(line): line for line in old + lines}
-        write_lines(path, [*by_run.values(), *damaged])
+    with lock(path, -1):
+        by_run = {run_of(line): line for line in read_results(out_dir) + lines}
+        write_lines(path, by_run.values())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -210,17 +179,10 @@ def save_lines(out_dir, lines):
 
 
 def checkpoint_path(out_dir, method, start, seeds):
-    """start: None, or a dictionary with a "name"."""
-    start_name = f"{start['name']}_" if start else ""
-    name = f"ckpt_{start_name}{seeds[0]}x{len(seeds)}-{fingerprint(seeds)}.pt"
+    """start: None, or a dictionary with a "name" and the "fingerprint" of its weights."""
+    begin = f"{start['name']}-{start['fingerprint']}_" if start else ""
+    name = f"ckpt_{begin}{seeds[0]}x{len(seeds)}-{fingerprint(seeds)}.pt"
     return os.path.join(out_dir, method, name)
-
-
-def checkpoints_beside(path):
-    """The paths of all checkpoints of the same method and start, path itself first."""
-    folder, name = os.path.split(path)
-    found = glob.glob(os.path.join(glob.escape(folder), name.rpartition("_")[0] + "_*x*.pt"))
-    return sorted(found, key=lambda other: (other != path, other))
 
 
 def save_checkpoint(path, content):

@@ -1,164 +1,137 @@
-"""Any UTF-8 text as data: by characters, or by the tokens of a BPE (tiktoken).
+"""Any UTF-8 text as data, by characters or by BPE tokens (tiktoken).
 
 The first 90 % of the text is for training, the rest for validation. A sequence is a window of
-block_size + 1 tokens. Its first token is the prompt and the others are the response. An ARM then
-has nanoGPT's loss at the same block_size, and an MDM answers the same question as the ARM:
--log p(block_size tokens | the token before them).
+block_size + 1 tokens. Its first token is the prompt, and the others are the response. So an ARM has
+nanoGPT's loss at the same block_size. An MDM gets the same question: how likely is the response?
 
 `python data/text.py FILE` shows the size and the beginning of a text. Without FILE it shows
 shakespeare_char: Tiny Shakespeare, nanoGPT's million characters, in the file shakespeare.txt.gz.
 """
 import gzip
-import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
-import numpy as np
 import torch
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-if __name__ == "__main__":  # let Python find the package `data` from any current folder
-    sys.path.insert(0, os.path.dirname(HERE))
+HERE = Path(__file__).parent
+if __name__ == "__main__":
+    sys.path.insert(0, str(HERE.parent))  # there Python finds the package `data`
 from data import runs
-
-SHAKESPEARE = os.path.join(HERE, "shakespeare.txt.gz")
-N_TEST = 512  # validation blocks at most, spread evenly over the validation text
 
 
 @dataclass
 class Vocabulary:
-    """The characters or BPE tokens that occur in a text. A token id is an index of items."""
+    """The characters or BPE tokens that occur in the data. The id of a token is its place in items.
+    The mask token comes after them: its id is len(vocabulary)."""
 
     tokenizer: str  # "char", or the name of a tiktoken encoding
-    items: list  # characters, or the encoding's own numbers; sorted
+    items: list  # sorted: the characters, or tiktoken's numbers of the tokens
 
     def __len__(self):
         return len(self.items)
 
     def encode(self, text):
-        """Token ids (list) of a string. Raises ValueError for a token outside the vocabulary."""
-        items = text if self.tokenizer == "char" else encode_bpe(self.tokenizer, text)
-        index = {item: i for i, item in enumerate(self.items)}
-        for item in items:
-            if item not in index:
-                shown = item if self.tokenizer == "char" else bpe(self.tokenizer).decode([item])
-                raise ValueError(f"{shown!r} does not occur in the data the model was trained on")
-        return [index[item] for item in items]
+        """The token ids of a string. Raises ValueError for a token outside the vocabulary."""
+        ids = {item: i for i, item in enumerate(self.items)}
+        try:
+            return [ids[item] for item in split(text, self.tokenizer)]
+        except KeyError as missing:
+            raise ValueError(f"token {missing} does not occur in the data") from None
 
     def decode(self, ids, mask="_"):
-        """The string of token ids. The mask token, whose id is len(self), is shown as `mask`.
-        A BPE token may be a part of a character: without the rest it is shown as U+FFFD."""
-        items_and_mask = [*self.items, None]
-        items = [items_and_mask[i] for i in map(int, ids)]
+        """The string of token ids. The mask token is shown as `mask`."""
         if self.tokenizer == "char":
-            return "".join(mask if item is None else item for item in items)
+            shown = [*self.items, mask]
+            return "".join(shown[i] for i in ids)
         to_bytes = bpe(self.tokenizer).decode_single_token_bytes
-        parts = [mask.encode() if item is None else to_bytes(item) for item in items]
-        return b"".join(parts).decode(errors="replace")
+        pieces = [to_bytes(self.items[i]) if i < len(self) else mask.encode() for i in ids]
+        return b"".join(pieces).decode(errors="replace")  # one piece may be half a character
 
 
 @dataclass
-class Text:
+class Data:
+    """A data set. Each of its sequences has T tokens: a prompt, then a response."""
+
     name: str
+    is_text: bool  # if not, it is arithmetic
     vocabulary: Vocabulary
-    tokens: torch.Tensor  # (N,) the ids of the training text, as uint8 or int32
-    test: torch.Tensor  # (n_blocks, T) int64, from the validation text
-    rare: list  # ISAD's default: the ids of the rarest tokens, together at most 5 % of the text
-    fingerprint: str  # of the whole text
-    prompt_len: int = 1
-    structural: tuple = ()  # for SyRM: text has no symbols at fixed positions
+    train: torch.Tensor  # token ids: (N, T) of N problems, or (N,) of a text in one piece
+    test: torch.Tensor  # token ids (N_test, T)
+    prompt_len: int
+    structural: list  # SyRM also hides these positions: the symbols of the prompt
+    rare: list  # ISAD's default: the ids of some rare tokens
+    fingerprint: str  # other data have another one
 
     def __post_init__(self):
         self.encode = self.vocabulary.encode
         self.decode = self.vocabulary.decode
 
     def train_blocks(self, device):
-        """All windows of T tokens, (N - T + 1, T): a view, which costs no memory."""
-        return self.tokens.to(device).unfold(0, self.test.shape[1], 1)
+        """All sequences for training, (n, T). Of a text they are all windows of T tokens."""
+        train = self.train.to(device)
+        T = self.test.shape[1]
+        return train.unfold(0, T, 1) if self.is_text else train  # a view: it needs no memory
 
     def describe(self):
-        sample = self.decode(self.tokens[:40])
-        return f"{len(self.tokens):,} tokens to train on, {len(self.vocabulary)} kinds: {sample!r}"
+        blocks = self.train_blocks("cpu")
+        example = self.decode(blocks[0, :40])
+        kinds = len(self.vocabulary)
+        return f"{len(blocks)} training sequences of {kinds} kinds of tokens, such as {example!r}"
 
 
 def bpe(name):
-    """The tiktoken encoding of that name. Raises ValueError if there is none, or no download."""
+    """The tiktoken encoding of that name. Raises ValueError if it cannot be loaded."""
     try:
-        import tiktoken
-    except ImportError:
-        raise ValueError(f"--tokenizer={name} needs a package: pip install tiktoken") from None
-    names = tiktoken.list_encoding_names()
-    if name not in names:
-        raise ValueError(f"--tokenizer={name} is neither char nor one of {', '.join(names)}")
-    try:
+        import tiktoken  # here, because few need it
+
         return tiktoken.get_encoding(name)
-    except Exception as error:  # a network can fail in many ways
-        raise ValueError(f"--tokenizer={name} cannot be downloaded ({type(error).__name__}): copy "
-                         "the cache of another machine and set TIKTOKEN_CACHE_DIR to it") from None
+    except Exception as error:  # an unknown name, no network, or no tiktoken
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--tokenizer={name} cannot be loaded: {reason}") from None
 
 
-def encode_bpe(name, text):
-    """A string as the encoding's own numbers (list). Raises ValueError if tiktoken gives up."""
-    encoding = bpe(name)
-    try:
-        return encoding.encode_ordinary(text)
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # tiktoken's Rust code has given up
-            raise
-        raise ValueError(f"--tokenizer={name} fails on this text, perhaps on a million spaces in "
-                         "a row: shorten them, or use --tokenizer=char") from None
+def split(text, tokenizer):
+    """A list of the text's characters, or of tiktoken's numbers of its tokens."""
+    return list(text) if tokenizer == "char" else bpe(tokenizer).encode_ordinary(text)
 
 
 def read(path):
-    """The text of a UTF-8 file. Raises ValueError with the reason if there is none to read."""
+    """The text of a UTF-8 file. Raises ValueError if it cannot be read."""
     try:
         if path == "shakespeare_char":
-            return gzip.open(SHAKESPEARE, "rt", encoding="utf-8").read()
-        with open(os.path.expanduser(path), encoding="utf-8-sig") as file:
-            return file.read()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error.reason}") from None
-    except OSError as error:
-        raise ValueError(f"{path} is no data set, and no readable file: {error.strerror}") from None
-
-
-def tokenize(content, tokenizer):
-    """The Vocabulary of a text, and its token ids (N,). Raises ValueError as bpe does."""
-    if tokenizer == "char":
-        tokens = np.frombuffer(content.encode("utf-32-le"), dtype="<u4")
-    else:
-        tokens = np.array(encode_bpe(tokenizer, content), dtype=np.int32)
-    items, ids = np.unique(tokens, return_inverse=True)
-    items = [chr(item) for item in items] if tokenizer == "char" else items.tolist()
-    return Vocabulary(tokenizer, items), ids.astype(np.uint8 if len(items) <= 256 else np.int32)
+            return gzip.open(HERE / "shakespeare.txt.gz", "rt", encoding="utf-8").read()
+        return Path(path).expanduser().read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no data set, and no UTF-8 text: {error}") from None
 
 
 def make(path, block_size, tokenizer="char"):
-    """The Text in a file, or shakespeare_char. Raises ValueError if the file cannot be read or is
-    too short."""
-    vocabulary, ids = tokenize(read(path), tokenizer)
-    T = block_size + 1
-    n_needed = 10 * T + 10  # so that the last 10 % hold at least one block
-    if len(ids) < n_needed or len(vocabulary) < 2:
-        raise ValueError(f"{path} has {len(ids)} tokens, {len(vocabulary)} different; "
-                         f"--block_size={block_size} needs {n_needed}, 2 different")
-    split = int(0.9 * len(ids))
-    tokens = torch.from_numpy(ids[:split])
-    counts = np.bincount(ids[:split], minlength=len(vocabulary))
-    order = np.argsort(counts, kind="stable")  # the rarest first
-    rare = order[np.cumsum(counts[order]) <= 0.05 * split].tolist()
-    # A block begins with the last token of the one before, so each token is asked for once.
-    blocks = torch.from_numpy(ids[split:]).unfold(0, T, block_size)
-    chosen = torch.linspace(0, len(blocks) - 1, min(N_TEST, len(blocks))).round().long()
-    test = blocks[chosen].long()
-    known_by = runs.fingerprint(ids, vocabulary.items)
-    return Text(path, vocabulary, tokens, test, rare, known_by)
+    """The Data of a text file or of shakespeare_char. Raises ValueError if it cannot be made."""
+    text = read(path)
+    vocabulary = Vocabulary(tokenizer, sorted(set(split(text, tokenizer))))
+    small = torch.uint8 if len(vocabulary) <= 256 else torch.int32
+    ids = torch.tensor(vocabulary.encode(text), dtype=small)
+    n_train = int(0.9 * len(ids))
+    train = ids[:n_train]
+    validation = ids[n_train:]
+    if len(validation) <= block_size:
+        raise ValueError(f"{path} is too short for --block_size={block_size}: {len(ids)} tokens")
+
+    # A block begins with the last token of the one before, so each token is in one response.
+    blocks = validation.unfold(0, block_size + 1, block_size)
+    # We use at most 512 blocks, from all over the text.
+    chosen = torch.linspace(0, len(blocks) - 1, min(512, len(blocks))).round().long()
+
+    # The rarest tokens, as many as make up 5 % of the text.
+    counts, rarest_first = train.bincount(minlength=len(vocabulary)).sort(stable=True)
+    rare = rarest_first[counts.cumsum(0) <= n_train // 20]
+
+    return Data(name=path, is_text=True, vocabulary=vocabulary, train=train,
+                test=blocks[chosen].long(), prompt_len=1, structural=[], rare=rare.tolist(),
+                fingerprint=runs.fingerprint(ids, vocabulary.items))
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack a character
-    try:
-        data = make(sys.argv[1] if len(sys.argv) > 1 else "shakespeare_char", block_size=64)
-    except ValueError as error:
-        runs.fail(error)
-    print(data.describe())
+    path = sys.argv[1] if len(sys.argv) > 1 else "shakespeare_char"
+    print(make(path, block_size=64).describe())
