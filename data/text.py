@@ -54,13 +54,13 @@ class Data:
     """A data set. Each of its sequences has T tokens: a prompt, then a response."""
 
     name: str
-    is_text: bool  # if not, it is arithmetic
+    is_text: bool  # or else it is arithmetic
     vocabulary: Vocabulary
     train: torch.Tensor  # token ids: (N, T) of N problems, or (N,) of a text in one piece
     test: torch.Tensor  # token ids (N_test, T)
     prompt_len: int
-    structural: list  # SyRM also hides these positions: the symbols of the prompt
-    rare: list  # ISAD's default: the ids of some rare tokens
+    structural: list  # for SyRM: the positions of symbols in the prompt
+    rare: list  # for ISAD: the ids of rare tokens
     fingerprint: str  # other data have another one
 
     def __post_init__(self):
@@ -71,7 +71,7 @@ class Data:
         """All sequences for training, (n, T). Of a text they are all windows of T tokens."""
         train = self.train.to(device)
         T = self.test.shape[1]
-        return train.unfold(0, T, 1) if self.is_text else train  # a view: it needs no memory
+        return train.unfold(0, T, 1) if self.is_text else train  # a view, so it needs no memory
 
     def describe(self):
         blocks = self.train_blocks("cpu")
@@ -123,7 +123,7 @@ def make(path, block_size, tokenizer="char"):
     # We use at most 512 blocks, from all over the text.
     chosen = torch.linspace(0, len(blocks) - 1, min(512, len(blocks))).round().long()
 
-    # The rarest tokens, as many as make up 5 % of the text.
+    # The rarest tokens, as many as fit into 5 % of the text.
     counts, rarest_first = train.bincount(minlength=len(vocabulary)).sort(stable=True)
     rare = rarest_first[counts.cumsum(0) <= n_train // 20]
 
