@@ -12,7 +12,6 @@ import argparse
 import itertools
 import os
 import sys
-import time
 
 import torch
 
@@ -26,26 +25,27 @@ GAP = "_"  # marks, in a prompt, a token to be filled in
 
 
 def parse_args(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("sample.py", None, __doc__, formatter_class=raw)
-    parser.error = fail
+    parser = argparse.ArgumentParser(
+        prog="sample.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.error = fail  # one line, without the usage
     add = parser.add_argument
     add("--out_dir", help="where train.py wrote its checkpoints [the newest folder in out/]")
     add("--method", default="ppots_mirror", help="which method's model [ppots_mirror]")
     add("--seed", type=int, help="which seed's model [the smallest there is]")
-    add("--prompt", action="append", default=[], help="may be repeated [text: none]")
-    add("--steps", type=int, help="fewer than tokens: several at once [one token a step]")
+    add("--prompt", action="append", default=[], help="what is given; may be repeated")
+    add("--steps", type=int, help="in how many steps to fill in everything [a step per token]")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest, 1 samples [0]")
-    orders = ["confidence", "left"]
-    add("--order", choices=orders, default=orders[0], help="what to fill in first [confidence]")
-    add("--sample_seed", type=int, default=0, help="of --temperature [0]")
-    add("--show", action="store_true", help="show every step, animated in a terminal")
+    add("--sample_seed", type=int, default=0, help="the seed of these samples [0]")
+    add("--show", action="store_true", help="show every step")
     add("--device", default="auto", help="cpu, cuda, mps or auto [auto]")
     args = parser.parse_args(argv)
     for name, least in [("steps", 1), ("temperature", 0), ("sample_seed", 0)]:
         value = getattr(args, name)
         if value is not None and not least <= value < 2**63:
-            fail(f"--{name}={value} must be at least {least}")
+            fail(f"--{name}={value} must be at least {least}, and below 2**63")
     return args
 
 
@@ -53,39 +53,31 @@ def load_model(out_dir, method, seed=None, device="cpu"):
     """One seed's model, with S = 1: (model, its vocabulary, its data set's name)."""
     saved = runs.find_checkpoint(out_dir, method, seed)
     vocabulary = Vocabulary(**saved["vocabulary"])
-    model = mdm.GPT(mdm.GPTConfig(**saved["config"]), [torch.Generator()])
+    model = mdm.GPT(mdm.GPTConfig(**saved["config"]), [torch.Generator()])  # any weights: S = 1
     model.load_state_dict(saved["weights"])
     return model.to(device), vocabulary, saved["dataset"]
 
 
 def encode(vocabulary, prompt):
     """Token ids of a prompt, with the mask token's id in its gaps."""
+    mask_id = len(vocabulary)
     ids = []
     try:
         for part in prompt.split(GAP):
-            ids += [len(vocabulary), *vocabulary.encode(part)]
+            ids += [mask_id, *vocabulary.encode(part)]
     except ValueError as e:
         fail(f"prompt '{prompt}': {e}")
     return ids[1:]  # a mask token between any two parts, but none before the first
 
 
 def check_question(dataset, ids):
-    """Refuse the tokens of a prompt that is no question of this data set."""
+    """Refuse a prompt that is no question of this data set. It may hold a part of the answer."""
     data = arith.make(dataset)
-    has_gap = len(data.vocabulary) in ids[: data.prompt_len]
+    question = ids[: data.prompt_len]
+    has_gap = len(data.vocabulary) in question
     if has_gap or not data.prompt_len <= len(ids) <= data.test.shape[1]:
         example = data.decode(data.test[0, : data.prompt_len])
         fail(f"a prompt must look like {example}, perhaps with a part of the answer")
-
-
-def show(rows, above):
-    """Print the rows in place of the last `above` lines. Returns how many lines they took."""
-    content = "\n".join(rows)
-    if above:
-        time.sleep(0.05)
-        content = f"\x1b[{above}A\x1b[J{content}"
-    print(content, flush=True)
-    return content.count("\n") + 1
 
 
 def main(argv=None):
@@ -93,14 +85,16 @@ def main(argv=None):
     device = train.pick_device(args.device)
     out_dir = os.path.expanduser(args.out_dir or runs.newest_folder() or "out")
     try:
-        name, space, own = args.method.partition(" ")  # "ppots ppots_fit=grid"
+        # A method's own settings belong to the name of its folder: "ppots ppots_fit=grid".
+        name, space, own = args.method.partition(" ")
         method = mdm.method_name(mdm.parse_method(name)) + space + own
     except ValueError as e:
         fail(e)
     model, vocabulary, dataset = load_model(out_dir, method, args.seed, device)
     mask_id = len(vocabulary)
     T = model.config.block_size
-    rows = [encode(vocabulary, prompt) for prompt in args.prompt or [""]]
+    prompts = args.prompt or [""]
+    rows = [encode(vocabulary, prompt) for prompt in prompts]
     if model.config.causal and any(mask_id in row for row in rows):
         fail("there are gaps to fill, and an ARM can only go on: use an MDM's --method")
     first = 0  # tokens first ... end - 1 are shown
@@ -109,8 +103,9 @@ def main(argv=None):
         for row in rows:
             check_question(dataset, row)
     else:
-        first = 1  # token 0 is a line feed, if there is one, because lines begin after it
-        line_feed = vocabulary.items.index("\n") if "\n" in vocabulary.items else 0
+        # A text has one token before the prompt: a line feed, as if a line began. It is not shown.
+        first = 1
+        line_feed = vocabulary.items.index("\n") if "\n" in vocabulary.items else 0  # or any token
         rows = [[line_feed, *row] for row in rows]
         longest = max(map(len, rows))
         if longest > T:
@@ -118,18 +113,18 @@ def main(argv=None):
         if all(mask_id in row for row in rows):
             end = longest  # fill the gaps, and add nothing after them
 
-    x = torch.tensor([[row + [mask_id] * (T - len(row)) for row in rows]], device=device)
-    hidden = (x[0, :, :end] == mask_id).any(0)
+    padded = [row + [mask_id] * (T - len(row)) for row in rows]
+    x = torch.tensor([padded], device=device)  # (1, rows, T)
+    hidden = (x[0, :, :end] == mask_id).any(0)  # in one of the rows
     pos = hidden.nonzero()[:, 0]
     generator = torch.Generator(device).manual_seed(args.sample_seed)
-    steps = mdm.generate(model, x, pos, args.steps, args.temperature, args.order, generator)
-    above = 0
-    for x in itertools.chain([x], steps):  # the last x is complete
-        lines = [vocabulary.decode(row[first:end], GAP) for row in x[0].tolist()]
+    states = mdm.generate(model, x, pos, args.steps, args.temperature, generator=generator)
+    for x in itertools.chain([x], states):  # first the prompts alone; the last x is complete
+        shown = [vocabulary.decode(row[first:end], GAP) for row in x[0].tolist()]
         if args.show:
-            above = show(lines, above if sys.stdout.isatty() else 0)
+            print("\n".join(shown), flush=True)
     if not args.show:
-        show(lines, 0)
+        print("\n".join(shown))
     return 0
 
 

@@ -1,27 +1,27 @@
 """train.py - does variance reduction make masked diffusion training stable? Train and compare.
 
-    python train.py                                        ARM, MDM, P-POTS+MIRROR, three seeds
-    python train.py --method=ppots_mirror                  one method (pposts_mirror works too)
-    python train.py --method=mdm,mdm_batch2,multi2,mirror  MIRROR, and controls of the same cost
-    python train.py --n_seeds=32                           32 seeds, trained as one batch
+    python train.py                                        an ARM, a plain MDM, the paper's method
+    python train.py --method=ppots_mirror                  one method: P-POTS and MIRROR together
+    python train.py --method=mdm,mdm_batch2,multi2,mirror  MIRROR, beside controls of the same cost
+    python train.py --n_seeds=32                           32 seeds, trained at the same time
     python train.py --dataset=shakespeare_char             a text; or --dataset=FILE, your own
     python train.py --report                               tables and figures of the newest results
 
+mdm.py holds the model and explains the methods. All seeds of a method train at once, as one model
+whose parameters have a row for each seed. Shapes: S seeds, B sequences in a batch, T tokens in a
+sequence, and n of them to predict, at the positions `pos`.
+
 Text has other defaults: n_layer 4, n_embd 128, batch_size 12, steps 2000.
-To use two GPUs, run two commands with different methods or seeds in the same --out_dir.
-A method is arm, mdm, or several words joined by _, for example ppots_mirror. The words:
+For two GPUs, run two commands with different methods or seeds in the same --out_dir.
+A method is arm, mdm, or several words joined by _. The words, as --help lists them:
 """
 import argparse
-import contextlib
 import copy
 import dataclasses
 import itertools
-import json
 import math
 import os
-import platform
 import shlex
-import subprocess
 import sys
 import time
 from typing import NamedTuple
@@ -35,59 +35,60 @@ from data.results import report, variance
 from data.runs import fail
 
 # --------------------------------------------------------------------------------------------------
-# Settings. Methods share nearly all of them. Only the estimator should differ.
+# Settings. All methods are compared at the same settings. Only a few settings belong to one method.
+# Brackets in a description tell what happens if the flag is not given.
 
 
 class Setting(NamedTuple):
     name: str
     default: object
     why: str  # its --help
-    low: object = None  # the smallest number allowed, or a list of the words allowed
+    low: object = None  # the smallest number allowed
     high: object = None  # the largest number allowed
-    run: bool = True  # results depend on it, so every run in a folder has the same value
-    only: str = ""  # who uses it: "sums", "text" or a method's word; "" means everyone
+    shared: bool = True  # results depend on it, so all runs in a folder have the same value
+    user: str = ""  # who uses it: "sums", "text" or a method's word; "" means everyone
 
 
 SETTINGS = [
     # What to train, and on which data.
-    Setting("method", "arm,mdm,ppots_mirror", "methods, separated by commas; see above", run=False),
-    Setting("seeds", "", "seeds, separated by commas [the paper's 42,731,20231]", run=False),
-    Setting("n_seeds", 0, "how many seeds: the paper's, then 0,1,2,...", 0, 10**5, run=False),
+    Setting("method", "arm,mdm,ppots_mirror", "methods, separated by commas", shared=False),
+    Setting("seeds", "", "seeds, separated by commas [see n_seeds]", shared=False),
+    Setting("n_seeds", 3, "42,731,20231 as in the paper, then 0,1,2,...", 1, 10**5, shared=False),
     Setting("dataset", "add3", f"{', '.join(arith.DATASETS)}; or shakespeare_char; or a text file"),
-    Setting("init_from", "", "fine-tune: start from the arm or mdm in this folder", run=False),
-    Setting("init_seed", -1, "the seed to start from (-1: the smallest)", -1, 10**18, run=False),
-    Setting("n_train", 0, "number of training problems (0: all)", 0, 10**9, only="sums"),
-    Setting("n_test", 512, "held-out problems of the last evaluation", 1, 10**6, only="sums"),
-    Setting("tokenizer", "char", "char, or a tiktoken encoding such as gpt2", only="text"),
-    Setting("block_size", 64, "response tokens, after one prompt token", 1, 10**6, only="text"),
+    Setting("init_from", "", "fine-tune: start from the arm or mdm in this folder", shared=False),
+    Setting("init_seed", -1, "the seed to start from (-1: the smallest)", -1, 10**18, shared=False,
+            user="init_from"),
+    Setting("n_train", 0, "number of training problems (0: all)", 0, 10**9, user="sums"),
+    Setting("n_test", 512, "held-out problems; only the last evaluation takes more than 512",
+            1, 10**6, user="sums"),
+    Setting("tokenizer", "char", "char, or a tiktoken encoding such as gpt2", user="text"),
+    Setting("block_size", 64, "response tokens, after one prompt token", 1, 10**6, user="text"),
     # The model.
     Setting("n_layer", 2, "transformer blocks; two are enough to carry digits", 1, 1000),
     Setting("n_head", 4, "attention heads", 1, 1000),
     Setting("n_embd", 64, "width; enough to solve add3 in seconds a seed", 1, 10**5),
     # The training.
-    Setting("steps", 1000, "optimizer steps: the ARM solves add3, MDM seeds disagree", 1, 10**9),
+    Setting("steps", 1000, "optimizer steps: the ARM solves add3, not every MDM does", 1, 10**9),
     Setting("batch_size", 64, "sequences per step and seed", 1, 10**6),
     Setting("lr", 3e-3, "peak learning rate", 0, 1e3),
     Setting("warmup", 100, "steps up to the peak; then lr falls linearly to 0", 0, 10**9),
     Setting("beta2", 0.98, "AdamW's second decay rate; the first is 0.9", 0, 0.9999),
     Setting("weight_decay", 0.01, "small, as a model of this size hardly overfits", 0, 1e3),
     Setting("grad_clip", 1.0, "largest norm of a seed's gradient", 1e-9, 1e9),
-    Setting("eps", 1e-3, "smallest masking probability, as in LLaDA: bounds the weights", 0, 0.9),
-    Setting("until_nll", 0.0, "end when the mean nll reaches this value (0: never)", 0, 1e9),
+    Setting("eps", 1e-3, "smallest masking probability p, LLaDA's: bounds weights 1/p", 0, 0.9),
+    Setting("until_nll", 0.0, "end at this held-out nll, the seeds' mean (0: never)", 0, 1e9),
     Setting("eval_every", 250, "steps between evaluations; each saves a checkpoint", 1, 10**9),
     # Settings of single methods.
-    Setting("ppots_fit", "epr", "how to smooth the curve: epr (the paper) or grid (not at all)",
-            ["epr", "grid"], only="ppots"),
-    Setting("ppots_refits", 10, "how often to measure the density anew", 1, 10**4, only="ppots"),
-    Setting("ppots_budget", 0.01, "share of the work that pilots may cost", 1e-9, 1, only="ppots"),
-    Setting("isad_tokens", "", "rare tokens [separators; text: the rarest 5 %%]", only="isad"),
+    Setting("ppots_fit", "epr", "epr: the paper's smooth curve; grid: as measured", user="ppots"),
+    Setting("ppots_refits", 10, "pilots in a training: each measures anew", 1, 10**4, user="ppots"),
+    Setting("ppots_budget", 0.01, "share of the work that pilots may cost", 1e-9, 1, user="ppots"),
+    Setting("isad_tokens", "", "rare tokens [separators; text: rarest 5 percent]", user="isad"),
     # Where and how.
-    Setting("out_dir", "", "the folder of all results [out/ and what you changed]", run=False),
-    Setting("resume", False, "go on from the checkpoints, as if never stopped", run=False),
-    Setting("report", False, "only show tables and figures; --out_dir=a,b takes two folders",
-            run=False),
-    Setting("variance", False, "measure the gradient's noise at the trained plain MDM", run=False),
-    Setting("baseline", "mdm", "the method to compare all others with", run=False),
+    Setting("out_dir", "", "folder of all results [out/ and the changed settings]", shared=False),
+    Setting("resume", False, "go on from the checkpoints, as if never stopped", shared=False),
+    Setting("report", False, "only show tables and figures; --out_dir=a,b: of two", shared=False),
+    Setting("variance", False, "measure the gradient's noise at the trained mdm", shared=False),
+    Setting("baseline", "mdm", "the method to compare all others with", shared=False),
     Setting("device", "auto", "cpu, cuda, cuda:1, mps; auto takes the best there is"),
     Setting("compile", False, "torch.compile the loss: takes 20 s, pays from some 8000 steps on"),
 ]
@@ -101,82 +102,90 @@ def kind_of(dataset):
 
 def defaults(dataset):
     values = {s.name: s.default for s in SETTINGS}
-    return values | TEXT_DEFAULTS if kind_of(dataset) == "text" else values
+    if kind_of(dataset) == "text":
+        values |= TEXT_DEFAULTS
+    return values
 
 
 def parse_args(argv=None):
     """Read the command line. Returns (cfg, methods, seeds), or leaves with an error message."""
-    descriptions = {**mdm.MASKING, **mdm.TRAINING}
+    words = {**mdm.MASKING, **mdm.TRAINING}
     parser = argparse.ArgumentParser(
         prog="train.py",
-        description=__doc__ + "\n".join(f"    {w:8} {what}" for w, what in descriptions.items()),
+        description=__doc__ + "\n".join(f"    {word:8} {what}" for word, what in words.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # so that we see which flags were given
         allow_abbrev=False,
     )
-    parser.error = fail
+    parser.error = fail  # one line, without the usage
     for s in SETTINGS:
         if s.default is False:  # a switch
             form = {"action": "store_true"}
         else:
             form = {"type": type(s.default), "metavar": type(s.default).__name__}
-        why = f"{s.only}: {s.why}" if s.only else s.why
-        if s.default not in (0, "", -1):  # these mean: no fixed default
+        why = f"{s.user}: {s.why}" if s.user else s.why
+        if s.default and s.default != -1:  # the text itself explains -1, 0 and ""
             why += f" [{s.default}]"
         parser.add_argument(f"--{s.name}", help=why, **form)
     given = vars(parser.parse_args(argv))  # only the flags that were typed
     for name in {"out_dir", "init_from", "dataset"} & given.keys():  # ~ is the home folder
         given[name] = ",".join(os.path.expanduser(part) for part in given[name].split(","))
-    cfg = argparse.Namespace(**defaults(given.get("dataset", "add3")) | given)
+    values = defaults(given.get("dataset", "add3")) | given
+    cfg = argparse.Namespace(**values)
     try:
         methods = [mdm.method_name(mdm.parse_method(name)) for name in cfg.method.split(",")]
         cfg.baseline = mdm.method_name(mdm.parse_method(cfg.baseline))
     except ValueError as e:
         fail(e)
+    methods = list(dict.fromkeys(methods))  # each once, in this order
     check_values(cfg)
     check_effects(cfg, given, methods)
-    return cfg, list(dict.fromkeys(methods)), parse_seeds(cfg)
+    return cfg, methods, parse_seeds(cfg)
 
 
 def parse_seeds(cfg):
     """The seeds as a list. By default the paper's three come first, then 0, 1, 2, ..."""
     if not cfg.seeds:
         others = [seed for seed in range(cfg.n_seeds) if seed not in PAPER_SEEDS]
-        return (PAPER_SEEDS + others)[: cfg.n_seeds or 3]  # n_seeds is 0 if it was not given
-    seeds = cfg.seeds.split(",")
-    whole = all(seed.isdecimal() and int(seed) < 2**32 for seed in seeds)  # see stream
-    if not whole or len(set(map(int, seeds))) < len(seeds):
+        return (PAPER_SEEDS + others)[: cfg.n_seeds]
+    words = cfg.seeds.split(",")
+    seeds = [int(word) for word in words if word.isdecimal()]
+    usable = {seed for seed in seeds if seed < 2**32}  # stream() takes no larger ones
+    if len(usable) < len(words):
         fail(f"--seeds={cfg.seeds}: give different whole numbers below 2**32, separated by commas")
-    if cfg.n_seeds:
-        fail("--seeds says which seeds, --n_seeds how many: give one of them")
-    return [int(seed) for seed in seeds]
+    return seeds
 
 
 def check_values(cfg):
-    """Refuse numbers outside their limits, and unknown words."""
+    """Refuse numbers outside their limits, and models that cannot be built."""
     for s in SETTINGS:
         value = getattr(cfg, s.name)
-        if isinstance(s.low, list) and value not in s.low:  # words
-            fail(f"--{s.name}={value} must be one of {', '.join(s.low)}")
         if s.high is not None and not s.low <= value <= s.high:
             fail(f"--{s.name}={value} is not between {s.low} and {s.high}")
+    if cfg.ppots_fit not in ("epr", "grid"):
+        fail(f"--ppots_fit={cfg.ppots_fit} must be epr or grid")
     if cfg.n_embd % (2 * cfg.n_head):  # rotary positions need heads of even size
         fail(f"--n_embd={cfg.n_embd} is no multiple of twice --n_head={cfg.n_head}")
 
 
 def check_effects(cfg, given, methods):
     """Refuse settings and words that would change nothing."""
-    active = {kind_of(cfg.dataset)}.union(*map(mdm.parse_method, methods))  # "sums", "mirror", ...
+    users = {kind_of(cfg.dataset), *words_of(methods), "init_from" if cfg.init_from else ""}
     for s in SETTINGS:
-        if s.name in given and s.only and s.only not in active:
-            fail(f"--{s.name} affects {s.only} only, not --dataset={cfg.dataset} with "
+        if s.name in given and s.user and s.user not in users:
+            fail(f"--{s.name} affects {s.user} only, not --dataset={cfg.dataset} with "
                  f"--method={','.join(methods)}: leave it out, or check the names")
-    if "init_seed" in given and not cfg.init_from:
-        fail("--init_seed has an effect with --init_from only: leave it out")
+    if "seeds" in given and "n_seeds" in given:
+        fail("--seeds says which seeds, --n_seeds how many: give one of them")
     for method in methods:
         words = mdm.parse_method(method)
         if "strats" in words and mdm.n_strata(cfg.batch_size * mdm.work(words).batch) == 1:
             fail(f"{method}: --batch_size={cfg.batch_size} has no strata: choose 4, 9 or 64, say")
+
+
+def words_of(methods):
+    """The words of all these methods together."""
+    return set().union(*map(mdm.parse_method, methods))
 
 
 def load_data(cfg, methods):
@@ -190,63 +199,73 @@ def load_data(cfg, methods):
             data.rare = data.encode(cfg.isad_tokens)
     except ValueError as e:
         fail(e)
-    words = set().union(*map(mdm.parse_method, methods))  # of all methods together
-    response = data.test[:, data.prompt_len :]
-    if "isad" in words and not torch.isin(response, torch.tensor(data.rare).long()).any():
-        fail(f"isad: none of its tokens is in a response of {cfg.dataset}: see --isad_tokens")
+    words = words_of(methods)
+    if "isad" in words and not data.rare:
+        fail(f"isad: {cfg.dataset} has no rare tokens of its own: name some with --isad_tokens")
     if "syrm" in words and not data.structural:
         fail(f"syrm hides symbols of the prompt, and there are none in {cfg.dataset}")
     return data
 
 
 # --------------------------------------------------------------------------------------------------
-# Randomness. Each random stream has a name: (seed, purpose, part), where part counts epochs, or
-# chunks of steps. So a seed's numbers depend on no other seed, and --resume can draw them again.
+# Randomness. A random stream is known by a name: (seed, purpose, part). A part is an epoch, or a
+# chunk of steps. So --resume can draw a part again, and no seed's numbers depend on other seeds.
 
-PURPOSES = ["init", "data", "rate", "mask", "pilot"]
+PURPOSES = ["init", "data", "rate", "mask", "pilot"]  # the order is part of the key: only append
 
 
 def stream(seed, purpose, part=0, device="cpu"):
-    key = np.random.SeedSequence([seed, PURPOSES.index(purpose), part]).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(key[0]))  # each name has its own
+    """The random generator of this name. SeedSequence hashes its three numbers. Each must be below
+    2**32: a larger one would count as two, and two names could be the same."""
+    name = [seed, PURPOSES.index(purpose), part]
+    key = np.random.SeedSequence(name).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(key))
 
 
 def epochs(seed, first, count, n_train, device):
-    """The indices of problems number first ... first + count - 1 in a seed's order, (count,).
-    Epochs follow one another, and each is a fresh permutation of the n_train problems. A batch may
-    hold the end of one epoch and the beginning of the next, so no problem is left out."""
+    """A seed goes through all problems in one random order after another. Returns the problems at
+    the places first ... first + count - 1 of this endless list, (count,). A batch may hold the end
+    of one epoch and the beginning of the next, so no problem is left out."""
+    first_epoch = first // n_train
+    last_epoch = (first + count - 1) // n_train
     order = []
-    for epoch in range(first // n_train, (first + count - 1) // n_train + 1):
-        draw = stream(seed, "data", epoch, device)
-        order.append(torch.randperm(n_train, generator=draw, device=device))
-    start = first % n_train  # in the first of these epochs
+    for epoch in range(first_epoch, last_epoch + 1):
+        generator = stream(seed, "data", epoch, device)
+        order.append(torch.randperm(n_train, generator=generator, device=device))
+    start = first - first_epoch * n_train
     return torch.cat(order)[start : start + count]
 
 
 def random_numbers(words, seeds, first_step, B, n, n_train, in_epochs, device):
-    """Yield, for each step from first_step on, idx and u (S, B) and r (S, B, n); for multi2 r is
-    (2, S, B, n). idx says which training sequences make up the batch."""
-    # Numbers are drawn for a chunk of K steps at once, which is faster. K must not depend on the
-    # seeds. Otherwise a seed's numbers would depend on the others. Methods of one B share a K.
+    """Yield the random numbers of each step, from first_step on:
+
+    idx (S, B)     which training sequences make up the batch
+    u (S, B)       uniform in (0, 1]; the masking rate of a sequence follows from it
+    r (S, B, n)    uniform in [0, 1), one for each token; it decides which tokens are hidden.
+                   multi2 has two independent masks: (2, S, B, n)."""
+    # It is faster to draw the numbers of K steps at once: a chunk. Long sequences have a smaller K,
+    # which saves memory. K must not depend on the seeds, or a seed's numbers would, too.
     K = max(1, min(64, 2**20 // (B * n)))
-    r_shape = (2, B, n) if "multi2" in words else (B, n)  # two independent masks, or one
+    r_shape = (2, B, n) if "multi2" in words else (B, n)
     for chunk in itertools.count(first_step // K):
-        idx, u, r = [], [], []
+        idx = []
+        u = []
+        r = []
         for seed in seeds:
             if in_epochs:
                 idx.append(epochs(seed, chunk * K * B, K * B, n_train, device).view(K, B))
             else:  # random windows of a text, as in nanoGPT
-                draw = stream(seed, "data", chunk, device)
-                idx.append(torch.randint(n_train, (K, B), generator=draw, device=device))
-            draw = stream(seed, "rate", chunk, device)
-            u.append(1 - torch.rand(K, B, generator=draw, device=device))  # in (0, 1]
-            draw = stream(seed, "mask", chunk, device)
-            r.append(torch.rand(K, *r_shape, generator=draw, device=device))
+                generator = stream(seed, "data", chunk, device)
+                idx.append(torch.randint(n_train, (K, B), generator=generator, device=device))
+            generator = stream(seed, "rate", chunk, device)
+            u.append(1 - torch.rand(K, B, generator=generator, device=device))  # never 0
+            generator = stream(seed, "mask", chunk, device)
+            r.append(torch.rand(K, *r_shape, generator=generator, device=device))
         idx = torch.stack(idx, 1)  # (K, S, B)
         u = torch.stack(u, 1)  # (K, S, B)
         r = torch.stack(r, -3)  # (K, S, B, n), or (K, 2, S, B, n)
         for i in range(K):
-            if chunk * K + i >= first_step:
+            if chunk * K + i >= first_step:  # --resume may begin inside a chunk
                 yield idx[i], u[i], r[i]
 
 
@@ -262,11 +281,11 @@ def model_config(cfg, method, data):
 
 
 def build(cfg, method, seeds, data, device):
-    """The models, one row for each seed, and the positions (n,) that are hidden and predicted."""
+    """The model, with a row of parameters for each seed, and the positions (n,) to predict."""
     config = model_config(cfg, method, data)
-    model = mdm.GPT(config, [stream(seed, "init") for seed in seeds])  # each with its own weights
-    pos = list(range(data.prompt_len, config.block_size))
-    if "syrm" in mdm.parse_method(method):  # the prompt's symbols, too
+    model = mdm.GPT(config, [stream(seed, "init") for seed in seeds])
+    pos = list(range(data.prompt_len, config.block_size))  # the response
+    if "syrm" in mdm.parse_method(method):  # SyRM also hides the prompt's symbols
         pos = [*data.structural, *pos]
     return model.to(device), torch.tensor(pos, device=device)
 
@@ -284,77 +303,77 @@ def sequence_loss(model, words, x0, pos, u, r, table, rare, eps):
     if "arm" in words:
         return mdm.token_nll(model, x0, pos).mean(-1)
     is_rare = torch.isin(x0[..., pos], rare) if "isad" in words else None  # (S, B, n)
-    masking = words & mdm.MASKING.keys()  # train() does the other words
+    masking = words & mdm.MASKING.keys()  # the other words, such as batch2, change train() itself
     mask, weight = mdm.draw_masks(masking, u, r, table, eps, is_rare)
     return mdm.method_loss(model, x0, pos, mask, weight)
 
 
 def new_state(seeds, steps, device):
-    """The state before the first step. train() adds the weights, and a checkpoint holds it all."""
+    """The state before the first step. train() adds the weights. A checkpoint holds all of it."""
+    S = len(seeds)
     return {
         "step": 0,
         "steps": steps,
         "done": False,
         "curve": [],  # a dictionary for each evaluation, with a number for each seed
-        "diverged": torch.zeros(len(seeds), device=device),  # the step in which it did; 0: none
-        "gradclip": torch.zeros(len(seeds), device=device),  # steps whose gradient was clipped
-        "table": torch.zeros(len(seeds), mdm.N_CELLS, device=device),  # P-POTS
-        "ema": torch.zeros(len(seeds), 10, device=device),  # EMA's running means, in 10 bins
-        "pilot": 0,  # masked sequences that pilots passed through the model
+        "diverged": torch.zeros(S, device=device),  # the step in which a seed diverged, or 0
+        "gradclip": torch.zeros(S, device=device),  # the number of steps with a clipped gradient
+        "table": torch.zeros(S, mdm.N_CELLS, device=device),  # P-POTS: how likely each rate is
+        "ema": torch.zeros(S, 10, device=device),  # EMA: the running mean loss of 10 bins of rates
+        "pilot": 0,  # P-POTS: masked sequences that pilots passed through the model
         "seconds": 0.0,  # of training and evaluation
-        **machine(device),
+        **runs.machine(device),
     }
 
 
 def train(cfg, method, seeds, data, device="cpu", state=None):
     """Train one method for all seeds at once. Yield the state at the start and after every
-    evaluation. A yielded state never changes afterwards, and training can go on from any of them.
-    state: a yielded state, or {"model": weights}. A seed diverges when its loss or gradient is not
-    finite. From then on its gradient is 0. Momentum still moves it, and no other seed notices."""
+    evaluation. A yielded state never changes afterwards. A training can go on from any of them.
+
+    state: one that was yielded; or {"model": the weights to start from}; or None, a new training.
+
+    A seed diverges when its loss or its gradient is not finite. From then on its gradient is 0.
+    Momentum still moves its weights. No other seed is affected."""
     # The method.
     words = mdm.parse_method(method)
-    work = mdm.work(words)
+    work = mdm.work(words)  # in multiples of plain training's
     B = cfg.batch_size * work.batch
     steps = cfg.steps * work.steps
 
     # The model and the optimizer.
     model, pos = build(cfg, method, seeds, data, device)
-    params = list(model.parameters())  # each with a row per seed
+    params = list(model.parameters())  # each has a row for each seed
     betas = (0.9, cfg.beta2)
-    fused = device != "mps"  # one kernel for all parameters
-    optimizer = torch.optim.AdamW(params, cfg.lr, betas, weight_decay=cfg.weight_decay, fused=fused)
+    optimizer = torch.optim.AdamW(params, cfg.lr, betas, weight_decay=cfg.weight_decay, fused=True)
+    loss_of = torch.compile(sequence_loss) if cfg.compile else sequence_loss
 
     # The state: new, or where an earlier training stopped.
     state = new_state(seeds, steps, device) | (state or {})
     if "model" in state:
         model.load_state_dict(state["model"])
     if "optimizer" in state:
-        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # updated in place
-    diverged = state["diverged"].to(device)  # a checkpoint is loaded on the CPU
-    gradclip = state["gradclip"].to(device)
-    table = state["table"].to(device)
-    ema = state["ema"].to(device)
+        optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # or steps would change it
+    first = state["step"]
+    # These four change in a step. `state` keeps their values at the last evaluation.
+    per_seed = [state[name].to(device) for name in ("diverged", "gradclip", "table", "ema")]
+    diverged, gradclip, table, ema = per_seed
+    loss_sum = torch.zeros(len(seeds), device=device)  # since the last evaluation
 
-    # The data, and the random numbers that decide everything.
+    # The data, and the random numbers of each step.
     train_x = data.train_blocks(device)  # (n_train, T), all on the device
     rare = torch.tensor(data.rare, dtype=torch.int64, device=device)
-    loss_of = torch.compile(sequence_loss) if cfg.compile else sequence_loss
-    refit_every, n_pilot = pilot_size(cfg, steps, B * work.masks, len(pos))  # for P-POTS
     in_epochs = not data.is_text
-    first = state["step"]
     numbers = random_numbers(words, seeds, first, B, len(pos), len(train_x), in_epochs, device)
-    loss_sum = torch.zeros(len(seeds), device=device)  # since the last evaluation
-    began = time.perf_counter()
+    refit_every, n_pilot = pilot_size(cfg, steps, B * work.masks, len(pos))  # for P-POTS
 
     if not state["curve"]:  # the scores before training
-        scores = evaluate(model, data, quick=True)
-        point = {"step": 0, "loss": [None] * len(seeds), **scores}
+        point = {"step": 0, "loss": [None] * len(seeds), **evaluate(model, data, quick=True)}
         state = snapshot(state, model, optimizer, curve=[point])
         yield state
-        began = time.perf_counter()
+    began = time.perf_counter()
 
-    for step in range(state["step"], steps):
-        # P-POTS measures its density now and then.
+    for step in range(first, steps):
+        # P-POTS measures now and then which rates are noisy.
         if "ppots" in words and step % refit_every == 0:
             table = measure_table(cfg, seeds, model, train_x, pos, step, n_pilot)
             state = state | {"pilot": state["pilot"] + n_pilot * min(len(pos), mdm.N_COUNTS)}
@@ -367,13 +386,14 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
         if "ema" in words:
             loss, ema = mdm.ema_baseline(loss, u, ema)
 
-        # The gradient. Seeds share no parameter, so the gradient of the summed loss holds, in each
-        # seed's row, the gradient of the seed's own loss.
+        # The gradient. Seeds share no parameter. So row s of the gradient of the summed loss is
+        # the gradient of seed s alone.
         loss = loss.mean(-1)  # (S,)
         loss.sum().backward()
-        healthy = torch.isfinite(loss) & (diverged == 0)
+        healthy = (diverged == 0) & torch.isfinite(loss)
         healthy, was_clipped = clip_per_seed(params, healthy, cfg.grad_clip)
-        diverged = torch.where((diverged == 0) & ~healthy, step + 1, diverged)
+        diverges_now = (diverged == 0) & ~healthy
+        diverged = torch.where(diverges_now, step + 1, diverged)
         gradclip = gradclip + was_clipped
 
         # The step.
@@ -383,65 +403,76 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
 
         # The evaluation. The last one is thorough. With --until_nll any evaluation may be the last.
         steps_done = step + 1
-        if steps_done % cfg.eval_every and steps_done < steps:
+        last = steps_done == steps
+        if steps_done % cfg.eval_every != 0 and not last:
             continue
-        scores = evaluate(model, data, quick=steps_done < steps and not cfg.until_nll)
+        scores = evaluate(model, data, quick=not last and not cfg.until_nll)
         mean_loss = loss_sum / (steps_done - state["step"])  # since the last evaluation
         point = {"step": steps_done, "loss": mean_loss.tolist(), **scores}
-        reached = cfg.until_nll > 0 and np.mean(scores["nll"]) <= cfg.until_nll
+        low_enough = cfg.until_nll > 0 and np.mean(scores["nll"]) <= cfg.until_nll
+        all_diverged = (diverged > 0).all()
         state = snapshot(
             state, model, optimizer, step=steps_done, curve=[*state["curve"], point],
-            done=bool(steps_done == steps or reached or diverged.all()), diverged=diverged,
-            gradclip=gradclip, table=table, ema=ema,
+            done=bool(last or low_enough or all_diverged),
+            diverged=diverged, gradclip=gradclip, table=table, ema=ema,
             seconds=state["seconds"] + time.perf_counter() - began,
         )  # fmt: skip
         yield state
         if state["done"]:
-            break
+            return
         loss_sum = torch.zeros_like(loss_sum)
         began = time.perf_counter()  # the time for saving is not counted
 
 
 def snapshot(state, model, optimizer, **changes):
-    """A new state. Weights are copied, because training changes the model."""
-    weights = copy.deepcopy(model.state_dict())
-    return state | {"model": weights, "optimizer": copy.deepcopy(optimizer.state_dict())} | changes
+    """A new state with some changes. Weights are copied, because training changes the model."""
+    return {
+        **state,
+        "model": copy.deepcopy(model.state_dict()),
+        "optimizer": copy.deepcopy(optimizer.state_dict()),
+        **changes,
+    }
 
 
 def clip_per_seed(params, healthy, max_norm):
-    """Scale each seed's gradient to a norm of at most max_norm. The gradient becomes 0 if it is not
-    finite, or if the seed is not healthy (S,). Returns two bool tensors (S,): healthy, clipped."""
+    """Scale each seed's gradient to a norm of at most max_norm. It becomes 0 if the seed is not
+    healthy (S,), or if it is not finite. Returns two bool tensors (S,): healthy, clipped."""
     norm = sum(p.grad.flatten(1).square().sum(1) for p in params).sqrt()  # (S,)
     healthy = healthy & torch.isfinite(norm)
-    scale = torch.where(healthy, (max_norm / (norm + 1e-6)).clamp(max=1), 0)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1)  # as torch's clip_grad_norm_ does
+    scale = torch.where(healthy, scale, 0)
     for p in params:
-        row_scale = scale.view(-1, *[1] * (p.dim() - 1))  # (S, 1, 1), say
-        p.grad.nan_to_num_(0, 0, 0).mul_(row_scale)  # NaN times 0 would stay NaN
+        row_per_seed = p.grad.view(len(scale), -1)  # the same memory
+        row_per_seed.nan_to_num_(0, 0, 0).mul_(scale[:, None])  # NaN times 0 would stay NaN
     return healthy, healthy & (norm > max_norm)
 
 
 def pilot_size(cfg, steps, rows, n):
-    """P-POTS: the steps from one pilot to the next, and the sequences in a pilot. All pilots may
-    cost the share ppots_budget of the work. A training step costs as much as three forward passes
-    of its rows. A pilot needs 8 sequences, so there may be fewer pilots than ppots_refits."""
-    sequences = cfg.ppots_budget * 3 * steps * rows / min(n, mdm.N_COUNTS)
+    """P-POTS: the steps from one pilot to the next, and the sequences of a pilot.
+
+    All pilots together may cost the share ppots_budget of the work. A training step costs as much
+    as three forward passes of its rows. In a pilot each sequence goes forward with several masks.
+    A pilot needs 8 sequences, so there may be fewer pilots than ppots_refits."""
+    forward_passes = cfg.ppots_budget * 3 * steps * rows
+    sequences = forward_passes / min(n, mdm.N_COUNTS)
     refits = max(1, min(cfg.ppots_refits, int(sequences / 8)))
     return math.ceil(steps / refits), max(8, int(sequences / refits))
 
 
 def measure_table(cfg, seeds, model, train_x, pos, step, n_pilot):
-    """P-POTS' table of each seed, (S, N_CELLS), from n_pilot training sequences."""
+    """P-POTS' table of each seed, (S, N_CELLS), from a pilot of n_pilot training sequences."""
     device = train_x.device
     n = len(pos)
-    x0, r = [], []
-    for seed in seeds:  # each from its own stream
-        draw = stream(seed, "pilot", step, device)
-        idx = torch.randint(len(train_x), (n_pilot,), generator=draw, device=device)
+    r_shape = (n_pilot, min(n, mdm.N_COUNTS), n)
+    x0 = []
+    r = []
+    for seed in seeds:
+        generator = stream(seed, "pilot", step, device)
+        idx = torch.randint(len(train_x), (n_pilot,), generator=generator, device=device)
         x0.append(train_x[idx].long())  # (n_pilot, T)
-        shape = (n_pilot, min(n, mdm.N_COUNTS), n)
-        r.append(torch.rand(shape, generator=draw, device=device))
+        r.append(torch.rand(r_shape, generator=generator, device=device))
     counts, H = mdm.pilot(model, torch.stack(x0), pos, torch.stack(r))
-    H = H.nan_to_num(0, 0, 0)  # of a diverged seed, whose table is never used
+    H = H.nan_to_num(0, 0, 0)  # of a diverged seed: its table does not matter, but must exist
     return mdm.ppots_table(counts, H, n, cfg.ppots_fit, cfg.eps)
 
 
@@ -459,16 +490,16 @@ def evaluate(model, data, quick=False):
         scores["accuracy"] = accuracy(model, data, 512 if quick else None).tolist()
     nll = bound(model, data, 128 if quick else 512)  # (S, n_sequences)
     scores["nll"] = nll.mean(1).tolist()
-    N = nll.shape[1]
-    scores["nll_se"] = (nll.std(1) / N**0.5).tolist() if N > 1 else [None] * len(nll)
+    scores["nll_se"] = (nll.std(1) / nll.shape[1] ** 0.5).tolist()
     return scores
 
 
 def rows_at_once(model, n):
-    """How many sequences of n response tokens an evaluation can take at once."""
+    """How many sequences of n response tokens an evaluation can take at once. The largest array of
+    a forward pass, the logits or one in a block, may have 2**24 numbers: 64 MB in float32."""
     S = len(model.wte)
-    widest = max(model.config.vocab_size, 16 * model.config.n_embd)  # logits, or a block's arrays
-    return max(1, 2**24 // (BOUND_MASKS * S * n * widest))  # 2**24 float32 numbers are 64 MB
+    per_token = max(model.config.vocab_size, 16 * model.config.n_embd)
+    return max(1, 2**24 // (BOUND_MASKS * S * n * per_token))
 
 
 @torch.no_grad()
@@ -480,7 +511,7 @@ def accuracy(model, data, n_problems=None):
     right = []
     for answer in data.test[:n_problems].to(device).split(rows_at_once(model, len(pos))):
         question = answer.clone()
-        question[:, pos] = model.config.vocab_size  # hide the whole response
+        question[:, pos] = model.config.vocab_size  # the mask token: the whole response is hidden
         for x in mdm.generate(model, question.expand(S, -1, -1), pos):
             pass  # only the last x is complete
         right.append((x == answer).all(-1))  # (S, rows)
@@ -489,29 +520,31 @@ def accuracy(model, data, n_problems=None):
 
 @torch.no_grad()
 def bound(model, data, n_sequences):
-    """The nll per response token of each sequence, (S, n_sequences). Of an MDM it is the bound (2),
-    by exact counts. The first mask hides up to n/8 tokens, the second n/8 to 2n/8, and so on."""
+    """The nll per response token of each sequence, (S, n_sequences). An ARM's is exact. An MDM's is
+    an upper bound, equation (2) of mdm.py, estimated with 8 masks of each sequence. The first mask
+    hides up to n/8 tokens, the second n/8 to 2n/8, and so on."""
     device = model.wte.device
     S = len(model.wte)
     pos = torch.arange(data.prompt_len, data.test.shape[1], device=device)
     n_sequences = min(n_sequences, len(data.test))
-    spread = torch.linspace(0, len(data.test) - 1, n_sequences).round().long()  # all over the text
+    spread = torch.linspace(0, len(data.test) - 1, n_sequences).round().long()  # from all places
     x0 = data.test[spread].to(device)
-    draw = torch.Generator().manual_seed(0)
-    u = 1 - torch.rand(BOUND_MASKS, n_sequences, generator=draw)  # the same for all models
-    u = (torch.arange(BOUND_MASKS)[:, None] + u) / BOUND_MASKS
-    r = torch.rand(*u.shape, len(pos), generator=draw)
+
+    generator = torch.Generator().manual_seed(0)  # on the CPU: the same masks for all models
+    u = 1 - torch.rand(BOUND_MASKS, n_sequences, generator=generator)
+    u = (torch.arange(BOUND_MASKS)[:, None] + u) / BOUND_MASKS  # mask i: in the i-th eighth
+    r = torch.rand(*u.shape, len(pos), generator=generator)
     mask, weight = mdm.draw_masks("exactk", u, r)  # (1, 8, n_sequences, n)
-    mask = mask.transpose(0, 1).to(device)  # method_loss wants the masks first
-    weight = weight.transpose(0, 1).to(device)
+    mask = mask.transpose(0, 1).to(device).expand(-1, S, -1, -1)  # (8, S, n_sequences, n)
+    weight = weight.transpose(0, 1).to(device).expand(-1, S, -1, -1)
+
+    rows = rows_at_once(model, len(pos))
     nll = []
-    for part in torch.arange(n_sequences, device=device).split(rows_at_once(model, len(pos))):
-        x = x0[part].expand(S, -1, -1)
+    for x, m, w in zip(x0.split(rows), mask.split(rows, 2), weight.split(rows, 2)):
+        x = x.expand(S, -1, -1)
         if model.config.causal:
-            nll.append(mdm.token_nll(model, x, pos).mean(-1))  # exact, by the chain rule
+            nll.append(mdm.token_nll(model, x, pos).mean(-1))  # by the chain rule
         else:
-            m = mask[:, :, part].expand(-1, S, -1, -1)
-            w = weight[:, :, part].expand(-1, S, -1, -1)
             nll.append(mdm.method_loss(model, x, pos, m, w))
     return torch.cat(nll, 1)
 
@@ -522,38 +555,41 @@ def bound(model, data, n_sequences):
 
 def changed(cfg, settings):
     """The settings whose values are not the defaults, {name: value}."""
-    normal = defaults(cfg.dataset)
-    names = [s.name for s in settings]
-    return {n: getattr(cfg, n) for n in names if getattr(cfg, n) != normal[n]}
+    usual = defaults(cfg.dataset)
+    values = {s.name: getattr(cfg, s.name) for s in settings}
+    return {name: value for name, value in values.items() if value != usual[name]}
 
 
 def shared_settings(cfg):
-    """The settings that all runs in a folder share."""
-    return [s for s in SETTINGS if s.run and s.only in ("", kind_of(cfg.dataset))]
-
-
-def default_folder(cfg):
-    """out/DATASET_CHANGES, for example out/mul2_steps1500 for --dataset=mul2 --steps=1500."""
-    changes = changed(cfg, shared_settings(cfg))
-    changes.pop("dataset", None)
-    parts = [runs.stem(cfg.dataset), *(f"{name}{value}" for name, value in changes.items())]
-    if cfg.init_from:
-        parts.append("from_" + runs.stem(cfg.init_from))
-    return os.path.join("out", "_".join(parts).replace("/", "-"))
+    """The settings that all runs in a folder share. A method's own settings are in its label."""
+    return [s for s in SETTINGS if s.shared and s.user in ("", kind_of(cfg.dataset))]
 
 
 def label(cfg, method):
     """A method's name in tables and files, with its own settings: "ppots ppots_fit=grid"."""
     words = mdm.parse_method(method)
-    own = changed(cfg, [s for s in SETTINGS if s.only in words])
+    own = changed(cfg, [s for s in SETTINGS if s.user in words])
     parts = [method, *(f"{name}={value}" for name, value in own.items())]
-    return " ".join(parts).replace("/", "-")
+    return " ".join(parts).replace("/", "-")  # --isad_tokens may hold a /
+
+
+def default_folder(cfg):
+    """out/DATASET_CHANGES, for example out/mul2_steps1500 for --dataset=mul2 --steps=1500."""
+    changes = changed(cfg, shared_settings(cfg))
+    changes.pop("dataset", None)  # it comes first, without its path
+    parts = [runs.stem(cfg.dataset), *(f"{name}{value}" for name, value in changes.items())]
+    if cfg.init_from:
+        parts.append("from_" + runs.stem(cfg.init_from))
+    return os.path.join("out", "_".join(parts))
 
 
 def load_start(cfg, method, data):
-    """--init_from: the model to start from, {"name", "fingerprint", "weights"}."""
+    """--init_from: the model to start from, {"name", "fingerprint", "weights"}. None without it."""
+    if not cfg.init_from:
+        return None
     base = "arm" if "arm" in mdm.parse_method(method) else "mdm"
-    theirs = runs.find_checkpoint(cfg.init_from, base, None if cfg.init_seed < 0 else cfg.init_seed)
+    seed = cfg.init_seed if cfg.init_seed >= 0 else None
+    theirs = runs.find_checkpoint(cfg.init_from, base, seed)
     if theirs["config"] != dataclasses.asdict(model_config(cfg, method, data)):
         fail(f"{cfg.init_from} has another model, {theirs['config']}: give the same settings")
     if theirs["vocabulary"] != dataclasses.asdict(data.vocabulary):
@@ -561,69 +597,61 @@ def load_start(cfg, method, data):
     if not theirs["state"]["done"]:
         fail(f"--init_from={cfg.init_from}: its {base} is unfinished: --resume it first")
     name = f"{runs.stem(theirs['dataset'])}-{theirs['seed']}"
-    known_by = runs.fingerprint(*theirs["weights"].values())  # two trainings may share a name
+    weights_id = runs.fingerprint(*theirs["weights"].values())
+    # Two trainings may have the same name. Runs from both must not mix. (An ARM and an MDM may.)
     for line in runs.read_results(cfg.out_dir):
-        same = line["start"] == name and line["method"].startswith("arm") == (base == "arm")
-        if same and line["start_weights"] != known_by:
+        same_base = line["method"].startswith("arm") == (base == "arm")
+        if line["start"] == name and same_base and line["start_weights"] != weights_id:
             fail(f"{cfg.out_dir} has runs that start from another {name}: take another --out_dir")
-    return {"name": name, "fingerprint": known_by, "weights": theirs["weights"]}
+    return {"name": name, "fingerprint": weights_id, "weights": theirs["weights"]}
 
 
 def first_state(cfg, seeds, path, start):
     """The state to hand to train(): from a checkpoint (--resume), from --init_from, or none."""
     if cfg.resume and os.path.exists(path):
         return runs.load_checkpoint(path)["state"]
-    if start:
-        weights = start["weights"].items()
-        return {"model": {k: v.repeat_interleave(len(seeds), 0) for k, v in weights}}  # for all
-    return {}
+    if not start:
+        return {}
+    weights = start["weights"].items()  # of one seed: all seeds begin there
+    return {"model": {name: w.repeat_interleave(len(seeds), 0) for name, w in weights}}
+
+
+def save(cfg, method, seeds, data, state, path):
+    """A checkpoint: everything that --resume, --init_from and sample.py need."""
+    runs.save_checkpoint(path, {
+        "seeds": seeds, "state": state, "dataset": cfg.dataset,
+        "vocabulary": dataclasses.asdict(data.vocabulary),
+        "config": dataclasses.asdict(model_config(cfg, method, data)),
+    })  # fmt: skip
+
+
+def of_seed(point, s):
+    """Seed s's numbers of an evaluation. Its step is the same for all seeds."""
+    return {name: value if name == "step" else value[s] for name, value in point.items()}
 
 
 def result_lines(cfg, method, seeds, data, state, start):
     """A line for each seed, for results.jsonl."""
     work = mdm.work(mdm.parse_method(method))
     B = cfg.batch_size * work.batch
-    T = data.test.shape[1]  # tokens of a forward pass
+    passed = state["step"] * B * work.masks + state["pilot"]  # sequences, through the model
     n_params = sum(weights[0].numel() for weights in state["model"].values())  # of one seed
     lines = []
     for s, seed in enumerate(seeds):
-        curve = []  # of this seed
-        for point in state["curve"]:
-            curve.append({k: v if k == "step" else v[s] for k, v in point.items()})
-        scores = {k: v for k, v in curve[-1].items() if k not in ("step", "loss")}  # the last ones
-        line = {
+        curve = [of_seed(point, s) for point in state["curve"]]
+        scores = {k: v for k, v in curve[-1].items() if k not in ("step", "loss")}
+        lines.append({
             "method": label(cfg, method), "seed": seed, "start": start["name"] if start else "",
             "start_weights": start["fingerprint"] if start else "", "passes": work.passes,
             "batch_size": B, "steps": state["steps"], **scores,
-            "diverged": int(state["diverged"][s]) or None,
-            "gradclip": state["gradclip"][s].item() / max(1, state["step"]),
-            "n_params": n_params,
-            "forward_tokens": (state["step"] * B * work.masks + state["pilot"]) * T,
+            "diverged": int(state["diverged"][s]) or None,  # None: it did not
+            "gradclip": state["gradclip"][s].item() / max(1, state["step"]),  # a share of the steps
+            "n_params": n_params, "forward_tokens": passed * data.test.shape[1],
             "seconds": round(state["seconds"], 2), "seeds_trained_together": len(seeds),
             "processor": state["processor"], "threads": state["threads"],
             "torch": state["torch"], "commit": state["commit"], "curve": curve,
-        }  # fmt: skip
-        # JSON has no NaN: write null.
-        lines.append(json.loads(json.dumps(line), parse_constant=lambda _: None))
-    return lines
-
-
-def machine(device):
-    """Facts about the machine: they affect rounding, and so the results."""
-    processor = platform.processor() or platform.machine()
-    commit = ""
-    with contextlib.suppress(OSError):  # no Linux
-        with open("/proc/cpuinfo") as f:
-            names = [x.split(":")[1].strip() for x in f if x.startswith("model name")]
-        processor = names[0] if names else processor
-    with contextlib.suppress(OSError):  # no git
-        here = os.path.dirname(os.path.abspath(__file__))
-        git = ["git", "-C", here, "describe", "--always", "--dirty"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    if device.startswith("cuda"):
-        processor = torch.cuda.get_device_name(device)
-    return {"processor": processor, "threads": torch.get_num_threads(),
-            "torch": str(torch.__version__), "commit": commit}  # fmt: skip
+        })  # fmt: skip
+    return runs.without_nan(lines)
 
 
 def pick_device(name):
@@ -632,7 +660,7 @@ def pick_device(name):
         there = torch.accelerator.is_available()
         name = torch.accelerator.current_accelerator().type if there else "cpu"
     try:
-        torch.zeros(1, device=name).item()
+        torch.zeros(1, device=name).item()  # the first use shows whether it works
     except (RuntimeError, AssertionError, NotImplementedError, ValueError) as e:
         why = str(e).partition("\n")[0]
         fail(f"the device {name} cannot be used here ({why}): try --device=cpu")
@@ -646,97 +674,75 @@ def pick_device(name):
 def main(argv=None):
     cfg, methods, seeds = parse_args(argv)
     if cfg.report:  # train nothing
-        out_dirs = cfg.out_dir.split(",") if cfg.out_dir else [runs.newest_folder() or "out"]
+        newest = runs.newest_folder() or "out"
+        out_dir = cfg.out_dir or newest
         try:
-            return report.main(out_dirs, cfg.baseline)
+            return report.main(out_dir.split(","), cfg.baseline)
         except ValueError as e:
             fail(e)
-    data = load_data(cfg, methods)  # before the folder is made, in case it fails
-    device = pick_device(cfg.device)
-    cfg.out_dir = cfg.out_dir or default_folder(cfg)
     if cfg.variance and "mdm" not in methods:
         fail("--variance measures at the plain MDM's weights: add mdm to --method")
-    if cfg.init_from and os.path.realpath(cfg.init_from) == os.path.realpath(cfg.out_dir):
-        fail("--init_from and --out_dir are the same folder: choose another --out_dir")
-    try:
-        compare(cfg, methods, seeds, data, device)
-        if cfg.variance:
-            variance.measure(cfg, methods, seeds[:1], data, device, build)
-    except KeyboardInterrupt:
-        print("\nstopped; add --resume to the same command to go on from the last evaluation")
-        return 130
+    data = load_data(cfg, methods)
+    device = pick_device(cfg.device)
+    cfg.out_dir = cfg.out_dir or default_folder(cfg)
+    compare(cfg, methods, seeds, data, device)
+    if cfg.variance:
+        variance.measure(cfg, methods, seeds[:1], data, device, build)
     return 0
 
 
 def compare(cfg, methods, seeds, data, device):
     """Train the methods one after another, save everything, and print the results."""
     settings = {s.name: getattr(cfg, s.name) for s in shared_settings(cfg)}
-    settings |= {"data": data.fingerprint, "device": device.split(":")[0]}
+    settings["data"] = data.fingerprint
+    settings["device"] = device.split(":")[0]  # cuda:0 and cuda:1 may share a folder
     settings["fine_tuned"] = bool(cfg.init_from)  # from scratch is another comparison
     if not data.is_text:
         settings["n_test"] = len(data.test)  # some tasks have fewer than asked for
-    starts = {m: load_start(cfg, m, data) if cfg.init_from else None for m in methods}
-    paths = {m: runs.checkpoint_path(cfg.out_dir, label(cfg, m), starts[m], seeds) for m in methods}
+    starts = {method: load_start(cfg, method, data) for method in methods}
     runs.join_folder(cfg.out_dir, settings)
     print(f"{cfg.dataset}: {data.describe()}\nseeds {seeds}; {cfg.steps} steps of {cfg.batch_size} "
           f"on {device}, {torch.get_num_threads()} threads; results go to {cfg.out_dir}")
     if cfg.init_from:
         print(f"every seed starts from {starts[methods[0]]['name']} of {cfg.init_from}")
-
-    lines = []  # of all methods
-    with contextlib.ExitStack() as locks:
-        for path in paths.values():
-            locks.enter_context(runs.lock(path))  # one program at a time
-        states = {m: first_state(cfg, seeds, paths[m], starts[m]) for m in methods}
-        left = {m: passes_left(m, states[m]) for m in methods}
-        at_first = sum(left.values())
-        began = time.perf_counter()
-        for method, state in states.items():
-            if not state.get("done"):
-                for state in train(cfg, method, seeds, data, device, state):
-                    save(cfg, method, seeds, data, state, paths[method])
-                    left[method] = passes_left(method, state)
-                    print(progress(method, state, began, at_first, sum(left.values())), flush=True)
-            found = result_lines(cfg, method, seeds, data, state, starts[method])
-            runs.save_lines(cfg.out_dir, found)
-            lines += found
-
+    lines = []
+    for method in methods:
+        lines += train_and_save(cfg, method, seeds, data, device, starts[method])
     print(f"\n{report.table(settings, lines, cfg.baseline)}\n\n{report.verdict(settings, lines)}")
+    # Commands to go on with, ready for a shell.
     out_dir = shlex.quote(cfg.out_dir)
-    ask = f"--method={shlex.quote(label(cfg, methods[-1]))} --show"
+    ask = f"--method={shlex.quote(lines[-1]['method'])} --show"
     if not data.is_text:
-        ask += " --prompt=" + shlex.quote(data.decode(data.test[0, : data.prompt_len]))
+        question = data.decode(data.test[0, : data.prompt_len])
+        ask += f" --prompt={shlex.quote(question)}"
     print(f"Tables and figures: python train.py --report --out_dir={out_dir}\n"
-          f"Try it: python sample.py --out_dir={out_dir} {ask}")
+          f"Try a model: python sample.py --out_dir={out_dir} {ask}")
 
 
-def save(cfg, method, seeds, data, state, path):
-    """A checkpoint: everything that --resume, --init_from and sample.py need."""
-    runs.save_checkpoint(path, {
-        "seeds": seeds, "state": state, "dataset": cfg.dataset,
-        "vocabulary": dataclasses.asdict(data.vocabulary),
-        "config": dataclasses.asdict(model_config(cfg, method, data)),
-    })  # fmt: skip
+def train_and_save(cfg, method, seeds, data, device, start):
+    """Train one method, unless its checkpoint is complete. Returns its result lines."""
+    path = runs.checkpoint_path(cfg.out_dir, label(cfg, method), start, seeds)
+    with runs.lock(path):  # only one program at a time trains it
+        state = first_state(cfg, seeds, path, start)
+        if not state.get("done"):
+            for state in train(cfg, method, seeds, data, device, state):
+                save(cfg, method, seeds, data, state, path)
+                print(progress(method, state), flush=True)
+        lines = result_lines(cfg, method, seeds, data, state, start)
+        runs.save_lines(cfg.out_dir, lines)
+    return lines
 
 
-def passes_left(method, state):
-    """Passes still to do, where a plain training counts as 1."""
-    if state.get("done"):
-        return 0
-    share = 1 - state.get("step", 0) / state.get("steps", 1)  # 1 before the training
-    return mdm.work(mdm.parse_method(method)).passes * share
-
-
-def progress(method, state, began, at_first, left):
-    """A line on the last evaluation: the scores of up to four seeds, and an estimate of the time
-    left. The estimate assumes that all passes take equally long."""
+def progress(method, state):
+    """A line on the last evaluation: the scores of up to four seeds, and the time this method still
+    needs."""
     line = f"{method:>20} step {state['step']:>5}/{state['steps']}"
     for name, values in state["curve"][-1].items():
         if name in ("loss", "accuracy", "nll") and values[0] is not None:
             line += f"  {name} " + " ".join(f"{value:.2f}" for value in values[:4])
-    if left < at_first:
-        seconds = int((time.perf_counter() - began) * left / (at_first - left))  # so far, scaled
-        line += f"  ETA {seconds // 60}:{seconds % 60:02}"
+    if state["step"]:
+        left = state["seconds"] * (state["steps"] - state["step"]) / state["step"]
+        line += f"  ETA {int(left) // 60}:{int(left) % 60:02}"
     return line
 
 

@@ -13,7 +13,10 @@ import glob
 import hashlib
 import json
 import os
+import platform
+import subprocess
 import sys
+from pathlib import Path
 
 import filelock
 import numpy as np
@@ -44,6 +47,27 @@ def fingerprint(*parts):
     return content.hexdigest()[:8]
 
 
+def machine(device):
+    """Facts about the machine. They affect rounding, and so the results."""
+    processor = platform.processor() or platform.machine()
+    commit = ""
+    with contextlib.suppress(OSError):  # no Linux
+        names = [x for x in Path("/proc/cpuinfo").open() if x.startswith("model name")]
+        processor = names[0].split(":")[1].strip() if names else processor
+    if device.startswith("cuda"):
+        processor = torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):  # no git
+        git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return {"processor": processor, "threads": torch.get_num_threads(),
+            "torch": str(torch.__version__), "commit": commit}  # fmt: skip
+
+
+def without_nan(lines):
+    """The same lines with None for NaN and infinity, because JSON has neither."""
+    return json.loads(json.dumps(lines), parse_constant=lambda _: None)
+
+
 # --------------------------------------------------------------------------------------------------
 # Files. A file is written under a temporary name, then renamed, so a killed run damages no file.
 
@@ -58,7 +82,8 @@ def write(path, save):
     except (OSError, RuntimeError) as e:  # a RuntimeError is torch's, when the disk is full
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        fail(f"cannot write {path}: {getattr(e, 'strerror', None) or 'is the disk full?'}")
+        why = getattr(e, "strerror", None) or "is the disk full?"
+        fail(f"cannot write {path}: {why}")
 
 
 def write_lines(path, lines):
@@ -72,15 +97,17 @@ def write_lines(path, lines):
 
 
 def lock(path, timeout=0):
-    """A context manager: only one program at a time can hold path. The others fail after timeout
-    seconds, or wait (-1). The system lets go of a lock even after kill -9."""
+    """For a with block: no other program can enter a block with the same path at the same time. It
+    waits up to timeout seconds and then fails. With -1 it waits for as long as it takes. The system
+    releases a lock even after kill -9."""
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         return filelock.FileLock(f"{path}.lock").acquire(timeout)
     except filelock.Timeout:
         fail(f"{path} is in use by another run: wait, or choose another --out_dir")
-    except (OSError, NotImplementedError) as e:
-        fail(f"cannot write {path}: {getattr(e, 'strerror', None) or e}")
+    except (OSError, NotImplementedError) as e:  # some file systems have no locks
+        why = getattr(e, "strerror", None) or e
+        fail(f"cannot write {path}: {why}")
 
 
 def guarded(main):
@@ -90,17 +117,17 @@ def guarded(main):
         stream.reconfigure(errors="replace")  # any text can be printed on any terminal
     try:
         code = main()
-        sys.stdout.flush()
+        sys.stdout.flush()  # a closed pipe is noticed here, not at the exit
         return code
     except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+        print("\nstopped (train.py goes on with --resume)", file=sys.stderr)
         return 130
     except OSError as e:
         sys.stdout = open(os.devnull, "w")  # flushing it at exit would fail again
         if not isinstance(e, BrokenPipeError):
             fail(e)
         return 1
-    except (RuntimeError, MemoryError) as e:  # on a CPU torch has no error class for this
+    except (RuntimeError, MemoryError) as e:  # a full memory is a RuntimeError on a CPU
         if "memory" not in repr(e).lower():
             raise
         fail("out of memory: lower --n_seeds, --batch_size, --n_embd, --n_layer or --block_size")
@@ -111,9 +138,11 @@ def guarded(main):
 
 
 def newest_folder(parent="out"):
-    """The folder in parent that was trained in last. None if there is none."""
+    """The folder of the latest training in parent. None if there is none."""
     found = glob.glob(os.path.join(parent, "*", "settings.json"))
-    return os.path.dirname(max(found, key=os.path.getmtime)) if found else None
+    if not found:
+        return None
+    return os.path.dirname(max(found, key=os.path.getmtime))
 
 
 def read_settings(out_dir):
@@ -134,17 +163,19 @@ def join_folder(out_dir, settings):
         theirs = read_settings(out_dir)
         if theirs is None and glob.glob(os.path.join(glob.escape(out_dir), "results*.jsonl")):
             fail(f"{out_dir} has results of an older version: take another --out_dir")
+        theirs = theirs or settings  # a new folder takes ours
         for name, value in settings.items():
-            old = (theirs or settings).get(name)
-            if old != value and name != "dataset":  # "data" identifies it
+            old = theirs.get(name)
+            if old != value and name != "dataset":  # its fingerprint, "data", must be the same
                 fail(f"the runs in {out_dir} have {name} {old}, not {value}: "
                      "take another --out_dir")
         # Even if unchanged: the date tells newest_folder() which folder was used last.
-        write_lines(os.path.join(out_dir, "settings.json"), [theirs or settings])
+        write_lines(os.path.join(out_dir, "settings.json"), [theirs])
     read_results(out_dir)  # damaged lines are found before the training, not after it
 
 
 def run_of(line):
+    """What a run is known by."""
     return line["method"], line["start"], line["seed"]
 
 
@@ -180,8 +211,8 @@ def save_lines(out_dir, lines):
 
 def checkpoint_path(out_dir, method, start, seeds):
     """start: None, or a dictionary with a "name" and the "fingerprint" of its weights."""
-    begin = f"{start['name']}-{start['fingerprint']}_" if start else ""
-    name = f"ckpt_{begin}{seeds[0]}x{len(seeds)}-{fingerprint(seeds)}.pt"
+    origin = f"{start['name']}-{start['fingerprint']}_" if start else ""
+    name = f"ckpt_{origin}{seeds[0]}x{len(seeds)}-{fingerprint(seeds)}.pt"
     return os.path.join(out_dir, method, name)
 
 
@@ -204,16 +235,19 @@ def load_checkpoint(path):
 
 
 def find_checkpoint(out_dir, method, seed=None):
-    """The newest checkpoint of a method with a given seed, or with the smallest seed there is.
-    "weights" holds this seed's parameters, each with a single row."""
-    paths = glob.glob(os.path.join(glob.escape(os.path.join(out_dir, method)), "ckpt*.pt"))
-    found = {}
+    """The newest checkpoint of a method with this seed. None means the smallest seed there is.
+    "weights" is added: this seed's parameters, each with a single row."""
+    folder = os.path.join(out_dir, method)
+    paths = glob.glob(os.path.join(glob.escape(folder), "ckpt*.pt"))
+    found = {}  # the newest checkpoint of each seed
     for path in sorted(paths, key=os.path.getmtime):
         checkpoint = load_checkpoint(path)
-        found |= {s: checkpoint for s in checkpoint["seeds"]}
+        for trained in checkpoint["seeds"]:
+            found[trained] = checkpoint
     if not found:
         fail(f"there is no checkpoint of {method} in {out_dir}: train it, or check the path")
-    seed = min(found) if seed is None else seed
+    if seed is None:
+        seed = min(found)
     if seed not in found:
         fail(f"seed {seed} of {method} is not in {out_dir}; there are {sorted(found)}")
     checkpoint = found[seed]

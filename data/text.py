@@ -68,10 +68,12 @@ class Data:
         self.decode = self.vocabulary.decode
 
     def train_blocks(self, device):
-        """All sequences for training, (n, T). Of a text they are all windows of T tokens."""
+        """All sequences for training, (n_train, T). Of a text these are all windows of T tokens."""
         train = self.train.to(device)
+        if not self.is_text:
+            return train
         T = self.test.shape[1]
-        return train.unfold(0, T, 1) if self.is_text else train  # a view, so it needs no memory
+        return train.unfold(0, T, 1)  # a view: the windows need no memory of their own
 
     def describe(self):
         blocks = self.train_blocks("cpu")
@@ -110,21 +112,22 @@ def make(path, block_size, tokenizer="char"):
     """The Data of a text file or of shakespeare_char. Raises ValueError if it cannot be made."""
     text = read(path)
     vocabulary = Vocabulary(tokenizer, sorted(set(split(text, tokenizer))))
-    small = torch.uint8 if len(vocabulary) <= 256 else torch.int32
-    ids = torch.tensor(vocabulary.encode(text), dtype=small)
+    dtype = torch.uint8 if len(vocabulary) <= 256 else torch.int32  # a small one saves memory
+    ids = torch.tensor(vocabulary.encode(text), dtype=dtype)
     n_train = int(0.9 * len(ids))
     train = ids[:n_train]
     validation = ids[n_train:]
     if len(validation) <= block_size:
         raise ValueError(f"{path} is too short for --block_size={block_size}: {len(ids)} tokens")
 
-    # A block begins with the last token of the one before, so each token is in one response.
+    # The last token of a block is the prompt of the next block. So each token is in one response.
     blocks = validation.unfold(0, block_size + 1, block_size)
     # We use at most 512 blocks, from all over the text.
     chosen = torch.linspace(0, len(blocks) - 1, min(512, len(blocks))).round().long()
 
     # The rarest tokens, as many as fit into 5 % of the text.
-    counts, rarest_first = train.bincount(minlength=len(vocabulary)).sort(stable=True)
+    counts = train.bincount(minlength=len(vocabulary))
+    counts, rarest_first = counts.sort(stable=True)  # equal counts stay in the same order
     rare = rarest_first[counts.cumsum(0) <= n_train // 20]
 
     return Data(name=path, is_text=True, vocabulary=vocabulary, train=train,

@@ -185,7 +185,7 @@ def computed(cfg, data, method, device):
     pilot_r = torch.rand(2, 32, n, n, generator=draw).to(device)
     response = torch.rand(2, 32, n, generator=draw).to(device) < 0.5  # any of the tokens
     x0 = data.train[:64].view(2, 32, -1).to(device)
-    rare = torch.tensor(data.isad, device=device)
+    rare = torch.tensor(data.rare, device=device)
     is_rare = torch.isin(x0[..., pos], rare)
     counts, H = mdm.pilot(model, x0, pos, pilot_r)
     table = mdm.ppots_table(counts, H, n, fit="grid")
@@ -314,7 +314,7 @@ def run_parts(args, device):
     n_shown = 0
     end = time.perf_counter() + 460  # for all parts together
     with open(path, "w", buffering=1) as file, open(path.with_suffix(".log"), "w") as log:
-        file.write(json.dumps({"part": "machine"} | train.machine(device)) + "\n")
+        file.write(json.dumps({"part": "machine"} | runs.machine(device)) + "\n")
         for name, (_, _, limit) in PARTS.items():
             limit = max(1, min(limit, end - time.perf_counter()))
             command = [sys.executable, __file__, *sys.argv[1:], f"--part={name}"]

@@ -1,32 +1,41 @@
-"""The figures of --report, drawn with matplotlib if it is installed."""
-import os
+"""The pictures of --report and of the pages. `python -m data.results.figures` draws the latter."""
+import json
+from pathlib import Path
 
 import numpy as np
 
+from data import runs
 from data.results import report
 
-BLUE = "#0072B2"  # The colour-blind can tell this blue from this orange.
+try:
+    from matplotlib import rc_context
+    from matplotlib.animation import PillowWriter
+    from matplotlib.figure import Figure
+except ImportError:
+    Figure = None
+
+HERE = Path(__file__).resolve().parent
+BLUE = "#0072B2"  # The colour-blind can tell all colours of this file from each other.
 ORANGE = "#D55E00"
-STYLE = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
+FAMILIES = {"mirror": ORANGE, "clipped": "#CC79A7", "sqrtk": "#56B4E9", "exactk": BLUE,
+            "ppots": "#009E73", "multi2": "#E69F00", "mdm": "black"}  # fmt: skip
+TITLES = {"arm": "autoregressive", "mdm": "plain masked diffusion",
+          "ppots_mirror": "P-POTS + MIRROR"}  # fmt: skip
+STYLE = {"font.size": 10, "axes.titlesize": 10, "axes.spines.top": False,
+         "axes.spines.right": False, "figure.constrained_layout.use": True}  # fmt: skip
 
 
 def write(folders):
-    """Draw [(out_dir, settings, results), ...] and return a line that says where, or why not.
-    seeds.png has a panel for each folder. It goes to the first folder, like curves.png."""
-    try:
-        from matplotlib import rc_context
-    except ImportError:
+    """--report: draw seeds.png and curves.png into each folder, and return a line that says where,
+    or why not. folders: [(out_dir, settings, results), ...]"""
+    if Figure is None:
         return "no figures: they need matplotlib (pip install matplotlib)"
-    if len({report.score(results) for _, _, results in folders}) > 1:
-        return "no figure: some of these folders have accuracies, and some have none"
     paths = []
     with rc_context(STYLE):
-        for name, figure in [("seeds", seeds(folders)), ("curves", curves(folders[0][2]))]:
-            paths.append(os.path.join(folders[0][0], f"{name}.png"))
-            try:
-                figure.savefig(paths[-1], dpi=130, bbox_inches="tight")
-            except OSError as error:
-                return f"no figures: {paths[-1]} cannot be written ({error.strerror})"
+        for out_dir, _, results in folders:
+            for draw in (seeds, curves):
+                paths.append(str(Path(out_dir) / f"{draw.__name__}.png"))
+                draw(results).savefig(paths[-1], dpi=130)
     return "figures: " + ", ".join(paths)
 
 
@@ -35,61 +44,175 @@ def colors(results):
     return {line["method"]: BLUE if line["passes"] == 1 else ORANGE for line in results}
 
 
-def seeds(folders):
-    """Every run's final score by method, with the mean and its 95 % interval; a panel a folder."""
-    from matplotlib.figure import Figure
-
-    key = report.score(folders[0][2])
-    color = {}
-    for _, _, results in folders:
-        color |= colors(results)
+def seeds(results):
+    """Every run's final score by method, with the mean and its 95 % interval."""
+    key = report.score(results)
+    color = colors(results)
     order = sorted(color, key=lambda method: color[method] == ORANGE)[::-1]  # from the bottom
-    figure = Figure(figsize=(4 + 4 * len(folders), 0.32 * len(order) + 1.2), layout="constrained")
-    panels = figure.subplots(1, len(folders), sharex=True, sharey=True, squeeze=False)[0]
+    figure = Figure(figsize=(8, 0.32 * len(order) + 1.2))
+    ax = figure.subplots()
     rng = np.random.default_rng(0)
-    for ax, (out_dir, _, results) in zip(panels, folders):
-        columns = report.wide(results, key)[2]
-        for y, method in enumerate(order):
-            if method in columns:
-                x = columns[method]
-                jitter = y + rng.uniform(-0.25, 0.25, x.size)
-                ax.scatter(x.ravel(), jitter, s=14, color=color[method], alpha=0.6, lw=0)
-                mean, low, high = report.interval(report.units(x))
-                ax.plot([low, high], [y, y], color="black", lw=1.5)
-                ax.plot(mean, y, "D", color="white", mec="black", ms=5)
-        if len(folders) > 1:
-            ax.set_title(os.path.basename(os.path.normpath(out_dir)), fontsize=10)
-    panels[0].set_yticks(range(len(order)), order)
-    figure.supxlabel(f"final {key} of every run, mean and 95 % interval (blue: one pass a step; "
-                     "orange: two)", fontsize=10)  # fmt: skip
+    for method, x in report.wide(results, key)[2].items():
+        y = order.index(method)
+        jitter = y + rng.uniform(-0.25, 0.25, x.size)
+        ax.scatter(x.ravel(), jitter, s=14, color=color[method], alpha=0.6, lw=0)
+        mean, low, high = report.interval(report.units(x))
+        ax.plot([low, high], [y, y], color="black", lw=1.5)
+        ax.plot(mean, y, "D", color="white", mec="black", ms=5)
+    ax.set_yticks(range(len(order)), order)
+    ax.set_xlabel(f"final {key} of all runs, mean and interval (blue: one pass; orange: two)")
     return figure
 
 
 def curves(results):
-    """The score by step: a panel per method (8 at most), a thin line per run, the mean in bold."""
-    from matplotlib.figure import Figure
-
+    """The score by step: a panel for each method (8 at most), a thin line for each run."""
     key = report.score(results)
     color = colors(results)
     methods = list(color)[:8]
     n_rows = (len(methods) + 3) // 4
-    n_columns = min(4, len(methods))
-    figure = Figure(figsize=(max(4, 2.1 * n_columns), 1.9 * n_rows + 0.5), layout="constrained")
-    panels = figure.subplots(n_rows, n_columns, sharex=True, sharey=True, squeeze=False).ravel()
+    figure = Figure(figsize=(8, 1.9 * n_rows + 0.5))
+    panels = figure.subplots(n_rows, 4, sharex=True, sharey=True, squeeze=False).ravel()
     for ax, method in zip(panels, methods):
-        ax.set_title(method, fontsize=9)
-        numbers = {}  # of all seeds, by step
-        lines = [line for line in results if line["method"] == method]
-        for line in lines:
-            points = [(at["step"], at[key]) for at in line["curve"] if at.get(key) is not None]
-            if points:
-                ax.plot(*zip(*points), color=color[method], lw=0.6, alpha=0.5)
-            for step, number in points:
-                numbers.setdefault(step, []).append(number)
-        whole = [step for step in sorted(numbers) if len(numbers[step]) == len(lines)]
-        ax.plot(whole, [np.mean(numbers[step]) for step in whole], color="black", lw=2)
+        ax.set_title(TITLES.get(method, method))
+        for line in results:
+            if line["method"] == method:
+                steps = [at["step"] for at in line["curve"]]
+                scores = np.array([at.get(key) for at in line["curve"]], float)  # None becomes nan
+                ax.plot(steps, scores, color=color[method], lw=0.7, alpha=0.6)
     for ax in panels[len(methods):]:
         ax.axis("off")
-    figure.supxlabel("step", fontsize=10)
-    figure.supylabel(key, fontsize=10)
+    figure.supxlabel("step")
+    figure.supylabel(key)
     return figure
+
+
+def noise(results, methods=("arm", "mdm", "sqrtk", "ppots_mirror")):
+    """The learning curves of many runs, a panel for each method."""
+    lines = [line for method in methods for line in results if line["method"] == method]
+    return curves(lines)
+
+
+def animate(figure, path):
+    """Let the lines of a figure grow from left to right in 4 seconds, and stay for 2 seconds."""
+    lines = [line for ax in figure.axes for line in ax.lines]
+    whole = [line.get_data() for line in lines]
+    for ax in figure.axes:
+        ax.autoscale(False)
+    last = max(x[-1] for x, _ in whole)
+    writer = PillowWriter(fps=10)
+    with writer.saving(figure, path, dpi=100):
+        for end in np.linspace(0, 1.5 * last, 60).clip(max=last):
+            for line, (x, y) in zip(lines, whole):
+                here = min(end, x[-1])
+                shown = np.append(x[x < here], here)
+                line.set_data(shown, np.interp(shown, x, y))
+            writer.grab_frame()
+
+
+def compute(settings, results):
+    """The gain over plain training. Twice the batch and twice the steps cost two passes as well."""
+    color = colors(results)
+    gain = {method: report.compare(settings, results, method, "mdm")[0] for method in color}
+    names = [method for method in color if method not in ("arm", "mdm")]
+    names.sort(key=lambda method: (color[method] != BLUE, gain[method]))
+    figure = Figure(figsize=(8, 3.6))
+    ax = figure.subplots()
+    for x, name in enumerate(names):
+        mean, low, high = gain[name]
+        is_control = name in ("mdm_batch2", "mdm_steps2")
+        paint = "black" if is_control else color[name]
+        ax.errorbar(x, mean, [[mean - low], [high - mean]], fmt="o", color=paint)
+        if is_control:
+            ax.axhline(mean, color="black", lw=0.8, ls=":")
+    ax.axhline(0, color="black", lw=0.8)
+    ax.set_xticks(range(len(names)), names, rotation=35, ha="right", rotation_mode="anchor")
+    ax.set_ylabel("accuracy minus plain, in points")
+    ax.set_title("blue: one pass a step; orange and black: two passes a step")
+    return figure
+
+
+def law(files):
+    """The law against the measured noise, in shares of plain's. files: rows of variance.jsonl."""
+    figure = Figure(figsize=(8, 3.9))
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for ax, at, title in zip(panels, ["start", "end"], ["before training", "after training"]):
+        ax.plot([0.1, 1.2], [0.1, 1.2], color="black", lw=0.8)
+        for rows, marker in zip(sorted(files, key=lambda rows: rows[0]["n"]), "os^Dv<>P"):
+            ax.plot([], [], marker, color="grey", label=f"{rows[0]['n']} tokens")
+            plain = {row["method"]: row for row in rows}["mdm"]
+            for row in rows:
+                if row["method"] != "arm":
+                    family = next(word for word in FAMILIES if word in row["method"])
+                    x = row[f"{at}_law"] / plain[f"{at}_law"]
+                    ax.plot(x, row[at] / plain[at], marker, color=FAMILIES[family], alpha=0.8)
+        for word, color in FAMILIES.items():
+            ax.plot([], [], "_", color=color, label=word, mew=4)
+        ax.set(xscale="log", yscale="log", aspect="equal", title=title, xlabel="noise by the law")
+        ax.set_xticks([0.1, 0.2, 0.5, 1], ["0.1", "0.2", "0.5", "1"])
+        ax.set_yticks([0.1, 0.2, 0.5, 1], ["0.1", "0.2", "0.5", "1"])
+    panels[0].set_ylabel("measured noise (plain: 1)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    return figure
+
+
+def example():
+    """The four tokens of mdm.py's docstring: a mask, its mirror image, and their mean weights."""
+    figure = Figure(figsize=(8, 2.4))
+    ax = figure.subplots()
+    centre = {"ha": "center", "va": "center"}
+    r = np.array([0.1, 0.8, 0.4, 0.6])
+    for left, title, numbers in [(0, "a mask", r), (5, "its mirror image", 1 - r)]:
+        ax.text(left + 1.5, 3, title, weight="bold", **centre)
+        for x, number in enumerate(numbers):
+            hidden = number < 0.5
+            word = "?" if hidden else ["the", "cat", "sat", "down"][x]
+            ax.scatter(left + x, 1, s=1050, marker="s", color=BLUE if hidden else "#E0E0E0")
+            ax.text(left + x, 2, f"{number:.1f}", **centre)
+            ax.text(left + x, 1, word, color="white" if hidden else "black", **centre)
+            ax.text(left + x, 0, "2" if hidden else "0", **centre)
+    for x in range(10, 14):
+        ax.text(x, 0, "1", weight="bold", **centre)
+    ax.text(11.5, 1, "their mean", weight="bold", **centre)
+    for y, name in enumerate(["weight", "hidden below 0.5", "random number"]):
+        ax.text(-1, y, name, ha="right", va="center")
+    ax.set(xlim=(-4.2, 14), ylim=(-0.5, 3.5))
+    ax.axis("off")
+    return figure
+
+
+def unmask(states):
+    """A model at work, from the lines of sample.py --show: _ is hidden, new tokens are orange."""
+    chosen = np.unique(np.linspace(0, len(states) - 1, 9).astype(int))
+    width = max(map(len, states))
+    figure = Figure(figsize=(0.125 * width + 0.3, 0.28 * len(chosen) + 0.2))
+    ax = figure.subplots()
+    before = states[0]
+    for y, i in enumerate(chosen):
+        for x, letter in enumerate(states[i]):
+            is_new = before[x] == "_" and letter != "_"
+            ax.text(x, -y, letter, family="monospace", color=ORANGE if is_new else "black")
+        before = states[i]
+    ax.set(xlim=(-1, width + 1), ylim=(-len(chosen), 1))
+    ax.axis("off")
+    return figure
+
+
+def main():
+    """Draw the pictures of the pages, from the lines beside this file."""
+    fine_tuned = runs.read_results(HERE / "finetune")
+    measured = [path.read_text("utf-8") for path in sorted(HERE.glob("*/variance.jsonl"))]
+    with rc_context(STYLE):
+        pictures = {
+            "noise": noise(runs.read_results(HERE / "add3")),
+            "compute": compute(runs.read_settings(HERE / "finetune"), fine_tuned),
+            "law": law([[json.loads(line) for line in text.splitlines()] for text in measured]),
+            "example": example(),
+            "unmask": unmask((HERE / "unmask.txt").read_text("utf-8").splitlines()),
+        }
+        for name, figure in pictures.items():
+            figure.savefig(HERE / f"{name}.png", dpi=130)
+        animate(pictures["noise"], HERE / "noise.gif")
+
+
+if __name__ == "__main__":
+    main()
