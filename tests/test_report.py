@@ -311,7 +311,7 @@ def test_every_run_is_in_the_figures():
     ends = [x.get_ydata()[-1] for x in axes[0].lines]
     assert ends[:3] == [line["accuracy"] for line in lines] and math.isnan(ends[3])
     axes = drawn(figures.noise(shuffled(sqrtk=ARM, mdm=MDM), ("mdm", "sqrtk")))
-    assert [ax.get_title() for ax in axes[:2]] == ["plain masked diffusion", "sqrtk"]
+    assert [ax.get_title() for ax in axes[:2]] == ["plain masked diffusion", "sqrtk (ours)"]
     assert [len(ax.lines) for ax in axes[:2]] == [3, 3]
 
 
@@ -342,10 +342,11 @@ def test_compute_shows_gains_over_plain():
     two = {"mdm_batch2", "mirror"}
     lines = [line | {"passes": 2 if line["method"] in two else 1} for line in lines]
     (ax,) = drawn(figures.compute(SETTINGS, lines))
-    assert [x.get_text() for x in ax.get_xticklabels()] == ["sqrtk", "mirror", "mdm_batch2"]
-    points = [bar.lines[0].get_ydata()[0] for bar in ax.containers]
-    assert points == pytest.approx([40 / 3, 50 / 3, 170 / 3])
-    assert ax.lines[-1].get_ydata()[0] == 0
+    names = [x.get_text() for x in ax.get_yticklabels()]
+    assert names == ["mirror", "mdm_batch2", "sqrtk"]  # from the bottom: one pass is on top
+    points = [bar.lines[0].get_xdata()[0] for bar in ax.containers]
+    assert points == pytest.approx([50 / 3, 170 / 3, 40 / 3])
+    assert ax.lines[-1].get_xdata()[0] == 0
 
 
 PLAIN_LAW = {"method": "mdm", "n": 4, "start_law": 8, "end_law": 8, "start": 4, "end": 2}
@@ -368,11 +369,10 @@ def test_the_pages_pictures(tmp_path, monkeypatch):
     write_folder(tmp_path / "add3", lines)
     write_folder(tmp_path / "finetune", lines)
     (tmp_path / "finetune" / "variance.jsonl").write_text(json.dumps(PLAIN_LAW) + "\n")
-    (tmp_path / "unmask.txt").write_text("1+2=__\n1+2=_3\n1+2=03\n")
     figures.main()
     found = {path.name for path in tmp_path.glob("*.*")}
-    pictures = {f"{name}.png" for name in ("noise", "compute", "law", "example", "unmask")}
-    assert found == pictures | {"noise.gif", "unmask.txt"}
+    pictures = {f"{name}.png" for name in ("noise", "compute", "law", "example")}
+    assert found == pictures | {"noise.gif"}
 
 
 def test_the_example_is_that_of_the_essay():
@@ -384,9 +384,3 @@ def test_the_example_is_that_of_the_essay():
     assert " ".join(rows[2]) == "random number 0.1 0.8 0.4 0.6 0.9 0.2 0.6 0.4"
     assert " ".join(rows[1]) == "hidden below 0.5 ? cat ? down the ? sat ? their mean"
     assert " ".join(rows[0]) == "weight 2 0 2 0 0 2 0 2 1 1 1 1"
-
-
-def test_new_tokens_are_orange():
-    pytest.importorskip("matplotlib")
-    texts = drawn(figures.unmask(["1=__", "1=_3", "1=03"]))[0].texts
-    assert [x.get_text() for x in texts if x.get_color() == figures.ORANGE] == ["3", "0"]

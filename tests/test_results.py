@@ -2,12 +2,15 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data import runs
 from data.results import report
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "data/results"
+OTHERS = {"minus plain": "mdm", "minus plain, in points": "mdm", "minus twice the batch": "mdm_batch2"}
 
 
 def without_zero(text):
@@ -15,26 +18,67 @@ def without_zero(text):
     return re.sub(r"\b0\.", ".", text)
 
 
-def rows(page):
-    """The cells of each row of a page's table whose head has the word accuracy."""
-    table = page.read_text("utf-8").split("| method | passes | accuracy |")[1].split("\n\n")[0]
-    return [[cell.strip(" `") for cell in row.split("|")[1:-1]] for row in table.splitlines()[2:]]
+def tables(page):
+    """The tables of a page, as (folder, rows). A row is a dictionary. The folder is the last one
+    that a command before the table reports on, or finetune."""
+    folder = "finetune"
+    rows = []
+    for line in [*page.read_text("utf-8").splitlines(), ""]:
+        named = re.search(r"--report --out_dir=(?:data/results/)?(\S+)", line)
+        if named:
+            folder = named[1].replace("$R", "finetune")
+        if line.startswith("|"):
+            rows.append([cell.strip() for cell in line.split("|")[1:-1]])
+        elif rows:
+            yield folder, [dict(zip(rows[0], row)) for row in rows[2:]]
+            rows = []
 
 
-@pytest.mark.parametrize("page", ["README.md", "data/results/README.md"])
-def test_tables_follow_from_the_lines(page):
-    folder = ROOT / "data/results/finetune"
-    settings = runs.read_settings(str(folder))
-    lines = runs.read_results(str(folder))
-    columns = report.wide(lines, "accuracy")[2]
-    passes = {line["method"]: str(line["passes"]) for line in lines}
-    found = rows(ROOT / page)
-    assert len(found) >= 8
-    for method, n_passes, accuracy, *differences in found:
-        assert columns[method].shape == (4, 8)  # pretrainings and seeds, none left out
-        assert n_passes == passes[method]
-        shown = without_zero(report.show(report.interval(report.units(columns[method]))))
-        assert accuracy in (shown, shown.split()[0])
-        for difference, other in zip(differences, ["mdm", "mdm_batch2"]):
-            values = report.compare(settings, lines, method, other)[0]
-            assert difference == ("" if method == other else report.show(values, 1, "+"))
+def check(row, settings, lines):
+    key = report.score(lines)
+    method = re.search("`(.*)`", row["method"])[1]
+    x = report.wide(lines, key)[2][method]
+    assert not np.isnan(x).any()  # no run is left out
+    assert row["passes"] == str({line["method"]: line["passes"] for line in lines}[method])
+    mean = without_zero(report.show(report.interval(report.units(x))))
+    for head, cell in row.items():
+        if head in ("accuracy", "mean accuracy", "nll"):
+            assert cell in (mean, mean.split()[0])
+        elif head.startswith("solved"):
+            assert cell == report.solved(x.ravel()).split(" of")[0]
+        elif head in OTHERS:
+            difference = report.compare(settings, lines, method, OTHERS[head])[0]
+            shown = report.show(difference, report.UNITS[key][1], "+")
+            assert without_zero(cell) == ("" if method == OTHERS[head] else without_zero(shown))
+        else:
+            assert head in ("method", "passes")
+
+
+@pytest.mark.parametrize("page, n_tables", [("README.md", 1), ("data/results/README.md", 4)])
+def test_tables_follow_from_the_lines(page, n_tables):
+    n_checked = 0
+    for folder, rows in tables(ROOT / page):
+        if "passes" in rows[0]:
+            settings = runs.read_settings(str(RESULTS / folder))
+            lines = runs.read_results(str(RESULTS / folder))
+            for row in rows:
+                check(row, settings, lines)
+            n_checked += 1
+    assert n_checked >= n_tables
+
+
+def test_the_planned_comparisons_follow_from_the_lines():
+    settings = runs.read_settings(str(RESULTS / "finetune"))
+    lines = runs.read_results(str(RESULTS / "finetune"))
+    found = {pair: report.compare(settings, lines, *pair) for pair in report.COMPARISONS}
+    family = [pair for pair in found if report.COMPARISONS[pair] == "family"]
+    adjusted = report.holm({pair: found[pair][3] for pair in family})
+    (rows,) = [rows for _, rows in tables(RESULTS / "README.md") if "comparison" in rows[0]]
+    for row in rows:
+        pair = tuple(re.findall("`(.*?)`", row["comparison"]))
+        difference, _, _, p = found.pop(pair)
+        assert row["role"] == report.COMPARISONS[pair]
+        assert row["difference"] == report.show(difference, 1, "+")
+        assert row["p"] == without_zero(f"{p:.2g}")
+        assert row["p, Holm"] == (without_zero(f"{adjusted[pair]:.2g}") if pair in adjusted else "")
+    assert not found

@@ -20,7 +20,7 @@ ORANGE = "#D55E00"
 FAMILIES = {"mirror": ORANGE, "clipped": "#CC79A7", "sqrtk": "#56B4E9", "exactk": BLUE,
             "ppots": "#009E73", "multi2": "#E69F00", "mdm": "black"}  # fmt: skip
 TITLES = {"arm": "autoregressive", "mdm": "plain masked diffusion",
-          "ppots_mirror": "P-POTS + MIRROR"}  # fmt: skip
+          "ppots_mirror": "P-POTS + MIRROR", "sqrtk": "sqrtk (ours)"}  # fmt: skip
 STYLE = {"font.size": 10, "axes.titlesize": 10, "axes.spines.top": False,
          "axes.spines.right": False, "figure.constrained_layout.use": True}  # fmt: skip
 
@@ -112,21 +112,21 @@ def animate(figure, path):
 def compute(settings, results):
     """The gain over plain training. Twice the batch and twice the steps cost two passes as well."""
     color = colors(results)
-    gain = {method: report.compare(settings, results, method, "mdm")[0] for method in color}
-    names = [method for method in color if method not in ("arm", "mdm")]
-    names.sort(key=lambda method: (color[method] != BLUE, gain[method]))
-    figure = Figure(figsize=(8, 3.6))
+    names = [name for name in color if name not in ("arm", "mdm") and "=" not in name]
+    gain = {name: report.compare(settings, results, name, "mdm")[0] for name in names}
+    names.sort(key=lambda name: (color[name] == BLUE, gain[name]))  # from the bottom
+    figure = Figure(figsize=(8, 0.22 * len(names) + 0.9))
     ax = figure.subplots()
-    for x, name in enumerate(names):
+    for y, name in enumerate(names):
         mean, low, high = gain[name]
         is_control = name in ("mdm_batch2", "mdm_steps2")
         paint = "black" if is_control else color[name]
-        ax.errorbar(x, mean, [[mean - low], [high - mean]], fmt="o", color=paint)
+        ax.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=paint)
         if is_control:
-            ax.axhline(mean, color="black", lw=0.8, ls=":")
-    ax.axhline(0, color="black", lw=0.8)
-    ax.set_xticks(range(len(names)), names, rotation=35, ha="right", rotation_mode="anchor")
-    ax.set_ylabel("accuracy minus plain, in points")
+            ax.axvline(mean, color="black", lw=0.8, ls=":")
+    ax.axvline(0, color="black", lw=0.8)
+    ax.set_yticks(range(len(names)), names)
+    ax.set_xlabel("accuracy minus plain, in points")
     ax.set_title("blue: one pass a step; orange and black: two passes a step")
     return figure
 
@@ -180,23 +180,6 @@ def example():
     return figure
 
 
-def unmask(states):
-    """A model at work, from the lines of sample.py --show: _ is hidden, new tokens are orange."""
-    chosen = np.unique(np.linspace(0, len(states) - 1, 9).astype(int))
-    width = max(map(len, states))
-    figure = Figure(figsize=(0.125 * width + 0.3, 0.28 * len(chosen) + 0.2))
-    ax = figure.subplots()
-    before = states[0]
-    for y, i in enumerate(chosen):
-        for x, letter in enumerate(states[i]):
-            is_new = before[x] == "_" and letter != "_"
-            ax.text(x, -y, letter, family="monospace", color=ORANGE if is_new else "black")
-        before = states[i]
-    ax.set(xlim=(-1, width + 1), ylim=(-len(chosen), 1))
-    ax.axis("off")
-    return figure
-
-
 def main():
     """Draw the pictures of the pages, from the lines beside this file."""
     fine_tuned = runs.read_results(HERE / "finetune")
@@ -207,7 +190,6 @@ def main():
             "compute": compute(runs.read_settings(HERE / "finetune"), fine_tuned),
             "law": law([[json.loads(line) for line in text.splitlines()] for text in measured]),
             "example": example(),
-            "unmask": unmask((HERE / "unmask.txt").read_text("utf-8").splitlines()),
         }
         for name, figure in pictures.items():
             figure.savefig(HERE / f"{name}.png", dpi=130)
