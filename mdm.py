@@ -3,14 +3,14 @@
 THE STORY. A sequence x0 is a prompt, always visible, and a response of n tokens. A masked diffusion
 model (MDM) learns to fill in the response. Each training step draws a masking rate t between 0 and
 1, and hides each response token with probability t. The hidden tokens are the mask m. The model
-sees xt, the sequence with holes. The loss is a sum over the hidden tokens, divided by n t, because
-n t tokens are hidden on average:
+sees xt, the sequence with holes. It gives the true token i the probability p(x0_i | xt). The loss
+is a sum over the hidden tokens. On average n t tokens are hidden, so it is divided by n t:
 
     l(x0, t, m) = 1/(n t) * sum_{i in m} -log p(x0_i | xt)                                      (1)
     L           = E_{x0} E_{t ~ U(0,1)} E_m  l(x0, t, m)   >=   -log-likelihood per token       (2)
 
-E_m is the mean over all masks m. So (1) is a mean over n tokens, where a hidden token has the
-weight 1/t, and a visible one 0.
+E_m is the mean over the masks m at the rate t. Read (1) as a mean over all n tokens: a hidden token
+has the weight 1/t, and a visible one 0.
 
 AN EXAMPLE of four tokens, carried through this file. Every token gets a uniform random number r.
 A token is hidden where r is below t. Say t = 0.5:
@@ -20,25 +20,29 @@ A token is hidden where r is below t. Say t = 0.5:
     weight    2    0    2    0        1/t = 2 for a hidden token
 
 An autoregressive model (ARM) predicts all four tokens in every step, each with weight 1. So an
-ARM's loss has one source of noise: the choice of the data. An MDM's loss has three:
+ARM's loss has one source of noise: the choice of the data. An MDM's loss has three, by the law of
+total variance. An index says what is drawn at random, while the rest is held fixed:
 
     Var(l) =  E_{x0,t} Var_m (l)            noise A, the masking pattern: which tokens are hidden
            +  E_{x0} Var_t (E_m l)          noise B, the masking rate
            +  Var_{x0} (E_{t,m} l)          noise C, the data                                   (3)
 
-The same holds for the gradient, with the sum of the variances of its entries.
+(3) holds for the gradient, too. Its variance is the sum of the variances of its entries.
+
 "Bringing Stability to Diffusion" (arXiv 2511.18159, "the paper" from here on) lowers A and B with
 six methods, first of all P-POTS (section 4) and MIRROR (section 5). Section 3 predicts the noise of
 a method without a model. `python mdm.py` compares the prediction with the noise of a small model.
-If you know nanoGPT, skip section 1. Section 9 is for readers who want the proof.
+If you know nanoGPT, skip section 1. Section 9 measures (3) exactly, and can wait. If you want the
+methods for a model of your own, begin with draw_masks in section 8.
 
 LETTERS  n, k      tokens in the response, and hidden ones among them
-         t, p      masking rate, and the probability of hiding a token: t, but at least EPS
+         t, p      masking rate, and the probability of hiding a token: t, squeezed into (EPS, 1)
          u, r      uniform random numbers: u gives the rate, r (one per token) gives the mask
          H         the sum of -log p(x0_i | xt) over the hidden tokens, so that l = H / (n t)
          S, B, T   models trained side by side, sequences in a batch, tokens in a sequence
          M, X      masks of each sequence in a step, sequences that are measured
-A method is unbiased if its mean loss is L, apart from the small EPS. OURS marks an idea found
+Noise B is another B. In shapes such as (..., n) -> (...), the dots are any number of axes. A method
+is unbiased if its mean loss is L, apart from the small EPS of section 2. OURS marks an idea found
 neither in the paper nor, to our knowledge, anywhere else.
 """
 import copy
@@ -54,8 +58,8 @@ import torch.nn.functional as F
 # --------------------------------------------------------------------------------------------------
 # 1. The model: nanoGPT's transformer, with rotary positions and QK-norm. Every parameter has a
 # leading axis of size S, one row for each random seed. Rows never mix. So S models train together,
-# which is faster than one after another. The model is not told t: p(x0_i | xt) does not depend on
-# it (RADD, arXiv 2406.03736).
+# which is faster than one after another. The model is not told t. Once the visible tokens are
+# known, t says nothing more about the hidden ones (RADD, arXiv 2406.03736).
 
 
 @dataclass
@@ -96,11 +100,12 @@ class SeedLayerNorm(nn.Module):
 
 
 def rotate_and_norm(x, cos, sin):
-    """Rotary positions, then QK-norm, of x (..., T, n_head, head size). The halves of x are points
-    (x1, x2) of a plane. Each turns by an angle: (x1 cos - x2 sin, x2 cos + x1 sin). The signs are
-    in the argument sin (T, 1, head size): -sin in its first half, +sin in its second."""
-    other = x.roll(x.shape[-1] // 2, dims=-1)
-    return F.rms_norm(x * cos + other * sin, x.shape[-1:])
+    """Rotary positions, then QK-norm, of x (..., T, n_head, head size). Entry j of the first half
+    and entry j of the second are a point (x1, x2) of a plane. It turns by an angle that grows with
+    the position: (x1 cos - x2 sin, x2 cos + x1 sin). The argument sin (T, 1, head size) holds the
+    signs: -sin in its first half, +sin in its second."""
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)  # (x2, x1)
+    return F.rms_norm(x * cos + swapped * sin, x.shape[-1:])
 
 
 class Block(nn.Module):
@@ -118,9 +123,9 @@ class Block(nn.Module):
         self.mlp_fc = SeedLinear(generators, width, 4 * width)
         self.mlp_proj = SeedLinear(generators, 4 * width, width, residual_std)
 
-    def forward(self, x, cos, sin, pos, **past_only):
+    def forward(self, x, cos, sin, pos, **causality):
         """(S, B, T, n_embd) -> (S, B, len(pos), n_embd): only the positions in pos go on. pos is a
-        tensor, or slice(None) for all. past_only hides the future from an ARM."""
+        tensor, or slice(None) for all. causality, is_causal or attn_mask, hides an ARM's future."""
         S, B, T, width = x.shape
         head_size = width // self.n_head
         h = self.ln_1(x)
@@ -129,7 +134,7 @@ class Block(nn.Module):
         q = rotate_and_norm(q, cos[pos], sin[pos])
         k = rotate_and_norm(k, cos, sin)
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))  # heads before positions
-        y = F.scaled_dot_product_attention(q, k, v, **past_only)
+        y = F.scaled_dot_product_attention(q, k, v, **causality)
         x = x[:, :, pos] + self.attn_proj(y.transpose(1, 2).reshape(S, B, -1, width))
         return x + self.mlp_proj(F.gelu(self.mlp_fc(self.ln_2(x))))
 
@@ -147,7 +152,8 @@ class GPT(nn.Module):
         # place. Rotary ones are needed for text. Their base is only 100: sequences are short.
         self.wpe = normal_parameter(generators, T, width)
         half = width // config.n_head // 2
-        angle = torch.arange(T).view(T, 1, 1) * 100.0 ** -(torch.arange(half) / half)
+        frequency = 100.0 ** -(torch.arange(half) / half)
+        angle = torch.arange(T).view(T, 1, 1) * frequency
         sin = torch.cat([-angle.sin(), angle.sin()], dim=-1)
         self.register_buffer("cos", angle.cos().repeat(1, 1, 2), persistent=False)
         self.register_buffer("sin", sin, persistent=False)
@@ -165,7 +171,7 @@ class GPT(nn.Module):
         rotary = (self.cos[:T], self.sin[:T])
         for block in self.blocks[:-1]:
             x = block(x, *rotary, slice(None), is_causal=self.config.causal)
-        past = torch.arange(T, device=pos.device) <= pos[:, None]
+        past = torch.arange(T, device=pos.device) <= pos[:, None]  # is_causal needs T queries
         x = self.blocks[-1](x, *rotary, pos, attn_mask=past if self.config.causal else None)
         return self.head(self.ln_f(x))
 
@@ -176,7 +182,8 @@ class GPT(nn.Module):
 
 
 def token_nll(model, x0, pos, mask=None):
-    """-log p of each response token in nats, (S, ..., n), for x0 (S, ..., T) and pos (n,).
+    """-log p of each response token in nats, (S, ..., n), for x0 (S, ..., T). pos (n,): where the
+    response is, in all sequences alike.
     MDM: x0_i is predicted from xt, where mask (S, ..., n) bool hides tokens. The values at visible
     tokens have no meaning, and the loss multiplies them by 0.
     ARM: x0_i is predicted from the tokens before it, so pos must not hold 0. mask is ignored."""
@@ -185,7 +192,7 @@ def token_nll(model, x0, pos, mask=None):
         logits = model(x0[..., :-1].flatten(1, -2), pos - 1)
     else:
         xt = x0.clone()
-        xt[..., pos] = torch.where(mask, model.config.vocab_size, target)
+        xt[..., pos] = torch.where(mask, model.config.vocab_size, target)  # the mask token's id
         logits = model(xt.flatten(1, -2), pos)
     nll = F.cross_entropy(logits.flatten(0, -2).float(), target.flatten(), reduction="none")
     return nll.view(target.shape)
@@ -193,19 +200,21 @@ def token_nll(model, x0, pos, mask=None):
 
 def mdm_loss(nll, mask, weight, n=None):
     """Equation (1): nll, mask, weight (..., n) -> (...), in nats per response token. Plain training
-    has the weight 1/p. If the last axis holds other tokens as well, n (...) counts the response."""
+    has the weight 1/p, where p is almost t. If the last axis holds other tokens, too, n (...) is
+    the length of each response."""
     if n is None:
         return (nll * mask * weight).mean(-1)
     return (nll * mask * weight).sum(-1) / n.clamp(min=1)  # 0 for a sequence without response
 
 
-EPS = 1e-3  # as in LLaDA. The price: L is a mean over p in (EPS, 1)
+EPS = 1e-3  # the smallest p, as in LLaDA
 
 
 def rate_to_p_mask(t, eps=EPS):
-    """p, the probability of hiding a token at the rate t. OURS: without eps the variance would be
-    infinite. At a small t one token is hidden with probability n t, and then l = H/(n t). So
-    E[l^2 | t] is H^2/(n t), and its integral over t grows like log(1/eps)."""
+    """p, the probability of hiding a token at the rate t, squeezed into (eps, 1). OURS: without eps
+    the variance would be infinite. At a small t one token is hidden with probability n t, and then
+    l = H/(n t). So E[l^2 | t] is n t (H/(n t))^2 = H^2/(n t), and its integral over t grows like
+    log(1/eps). The price: L is a mean over p in (eps, 1), not (0, 1)."""
     return (1 - eps) * t + eps
 
 
@@ -214,8 +223,9 @@ def rate_to_p_mask(t, eps=EPS):
 #
 # Let W_i be the weight of token i in a step. (If a step has two masks, it is the mean of the two.)
 # In the example W = 2 0 2 0. An ARM has W = 1 1 1 1. An unbiased method has E[W_i] = 1, and the
-# spread of W_i around 1 is noise. Suppose the gradients of the tokens are uncorrelated, equally
-# strong, and nearly 0 in the mean. Then the variance of a step's gradient is proportional to
+# spread of W_i around 1 is noise. A step's gradient is 1/n sum_i W_i g_i, where g_i is the gradient
+# of token i. Suppose the g_i are uncorrelated, nearly 0 in the mean, and equally strong, whatever
+# else is hidden. Then the variance of the step's gradient is proportional to
 #
 #     E[W_i^2],    which is 1 for an ARM. In the example the tokens' mean is (4+0+4+0)/4 = 2.
 #
@@ -224,32 +234,33 @@ def rate_to_p_mask(t, eps=EPS):
 # example, plain training hides token i with probability p, and then its weight is 1/p. So the mean
 # of W^2 is p (1/p)^2 = 1/p at this p. Its mean over p in (EPS, 1) is about ln(1/EPS).
 #
-#     method                             noise in ARMs                    n = 4   n = 13   n = 64
-#     plain                              ln(1/EPS)                         6.91     6.91     6.91
-#     P-POTS (section 4)                 none; if tokens' losses are equal 3.94     4.38     5.26
-#     MIRROR (section 5), two passes     ln(1/EPS)/2 + ln 2 - 1/2          3.65     3.65     3.65
-#     two independent masks, two passes  ln(1/EPS)/2 + 1/2                 3.95     3.95     3.95
-#     twice the batch, two passes        ln(1/EPS)/2                       3.45     3.45     3.45
-#     clipped rates (section 6), biased  ln(.8/.3) / .5                    1.96     1.96     1.96
-#     exact counts (section 7)           1 + 1/2 + ... + 1/n               2.08     3.18     4.74
-#     P(k) ~ 1/sqrt(k) (section 7)       (sum_k k^-1/2)^2 / n              1.94     2.67     3.33
+#     name in the code, and method            noise in ARMs              n = 4   n = 13   n = 64
+#     mdm         plain                       ln(1/EPS)                   6.91     6.91     6.91
+#     ppots       section 4; equal losses     (numerically)               3.94     4.38     5.26
+#     mirror      section 5; two passes       ln(1/EPS)/2 + ln 2 - 1/2    3.65     3.65     3.65
+#     multi2      two independent masks; two  ln(1/EPS)/2 + 1/2           3.95     3.95     3.95
+#     mdm_batch2  twice the batch; two        ln(1/EPS)/2                 3.45     3.45     3.45
+#     clipped     section 6; biased           ln(.8/.3) / .5              1.96     1.96     1.96
+#     exactk      section 7                   1 + 1/2 + ... + 1/n         2.08     3.18     4.74
+#     sqrtk       section 7                   (sum_k k^-1/2)^2 / n        1.94     2.67     3.33
 #
-# The law has limits. A real ARM has other gradients than an MDM. Noise B, and all else that tokens
-# have in common, is left out. And while a model learns, its tokens are not equally strong. Then a
-# method with one mask may gain less than the law says, or more. MIRROR keeps to the law.
+# The law has limits. A real ARM has other gradients than an MDM. What tokens have in common is left
+# out, and with it most of noise B. While a model learns, its tokens are not equally strong. Then a
+# method with one mask may gain less than the law says, or more. MIRROR kept to it in our tests.
 
 # --------------------------------------------------------------------------------------------------
 # 4. P-POTS, the Pareto-optimal t-sampler: draw noisy rates more often, with a smaller weight.
 #
-# Draw t from a density q(t) and multiply the loss by 1/q(t). The mean stays the same, so P-POTS is
-# unbiased. The variance is int E[l^2 | t] / q(t) dt - L^2. By Cauchy-Schwarz it is smallest for
+# This is importance sampling: draw t from a density q(t), and multiply the loss by 1/q(t). The mean
+# stays the same, so P-POTS is unbiased, and noise C stays, too. The variance becomes
+# int E[l^2 | t] / q(t) dt - L^2. By Cauchy-Schwarz it is smallest for
 #
 #     q(t)  ~  sqrt( E[l^2 | t] )            where ~ means "proportional to".                    (4)
 #
 # So P-POTS lowers the sum of A and B, though B alone may grow. The best q for the gradient may be
-# another. A step costs one pass. Now and then a pilot measures E[l^2 | t], with a few forward
-# passes. The paper writes it as mean^2 + variance, but its pilot leaves out the variance, over x0,
-# of the mean.
+# another. A step costs one pass. Now and then a pilot, a few forward passes, measures E[l^2 | t].
+# The paper writes E[l^2 | t] as mean^2 + variance. But its pilot averages over x0 before it takes
+# the square, and so it leaves out the variance from one sequence to the next.
 #
 # OURS: the pilot needs no grid of rates. All masks of k tokens are equally likely, whatever t is.
 # So it is enough to measure E[H^2 | k]. At a given rate, k has the binomial law Bin(k; n, p):
@@ -268,13 +279,14 @@ def binomial(k, n, p):
 
 
 def pilot_masks(r, response=None):
-    """Masks of 1 to n tokens for a pilot: r (..., X, n_counts, n) uniform -> counts (X, n_counts)
-    and mask (..., X, n_counts, n) bool. Tokens outside response (X, n) bool are never hidden."""
+    """A pilot's masks, with counts spread evenly from 1 to n: r (..., X, n_counts, n) uniform ->
+    counts (X, n_counts) and mask (..., X, n_counts, n) bool. response (X, n) bool: only these
+    tokens can be hidden."""
     if response is None:
         response = torch.ones(r.shape[-3], r.shape[-1], dtype=torch.bool, device=r.device)
     n = response.sum(-1, keepdim=True).clamp(min=1)
-    share = torch.linspace(0, 1, r.shape[-2], device=r.device)
-    counts = 1 + (share * (n - 1)).round().long()
+    evenly = torch.linspace(0, 1, r.shape[-2], device=r.device)
+    counts = 1 + (evenly * (n - 1)).round().long()
     rank = ranks(r.masked_fill(~response[:, None], 2.0))  # all other tokens get the last ranks
     return counts, (rank < counts[..., None]) & response[:, None]
 
@@ -291,33 +303,34 @@ def pilot(model, x0, pos, r):
 def second_moment(counts, H, t, n, eps=EPS):
     """Equation (5): E[l^2 | t] at the rates t (Q,), as (..., Q) float64 on the CPU, from a pilot's
     counts (n_counts,) or (X, n_counts) and H (..., X, n_counts). n is a number, or (X,) if the
-    responses differ in length. Then we take the median length, and the loss of a hidden token to
-    depend on k/n only. A rough curve costs gain, but causes no bias."""
+    responses differ in length. Then we use the median length, as if the loss of a hidden token
+    depended on k/n only. A rough curve costs gain, but causes no bias."""
     counts = counts.cpu().double()
     lengths = torch.as_tensor(n).cpu().double().view(-1, 1).clamp(min=1)
     share = (counts / lengths).mean(0)  # of hidden tokens, (n_counts,)
     measured = (H.detach().cpu().double() / counts).square().mean(-2)  # E[(H/k)^2 | k]
     n = int(lengths.median())
     k = torch.arange(1, n + 1).double()
+    # Straight lines between the counts that were measured lead to every k.
     every_k = np.apply_along_axis(lambda y: np.interp(k / n, share, y), -1, measured.numpy())
     p = rate_to_p_mask(t.cpu().double(), eps)[:, None]
-    weight = k / (n * p)  # l is weight times H/k
-    curve = torch.tensor(every_k) @ (binomial(k, n, p) * weight.square()).T
+    factor = k / (n * p)  # l is factor times H/k
+    curve = torch.tensor(every_k) @ (binomial(k, n, p) * factor.square()).T
     return curve.clamp(min=1e-60)  # a perfect model has H = 0, and a density must not vanish
 
 
 def epr(theta, t):
-    """EPR, the paper's family of densities: theta (..., 6), t (Q,) -> log q(t) + constant."""
+    """EPR, the paper's formula for (4): theta (..., 6), t (Q,) -> log q(t) + constant."""
     a, b, d, c1, c2, c3 = F.softplus(theta).unsqueeze(-1).unbind(-2)
-    v = a * t ** (1 + c1) + b * (1 - t) ** (1 + c2)
-    g = torch.exp(d * t ** (1 + c3))
-    return 0.5 * torch.log(v + g.square())
+    variance = a * t ** (1 + c1) + b * (1 - t) ** (1 + c2)  # of l, given t
+    mean = torch.exp(d * t ** (1 + c3))
+    return 0.5 * torch.log(variance + mean.square())
 
 
 @torch.inference_mode(False)  # fitting needs gradients, whatever mode the caller is in
 def fit_epr(t, curve, n_starts=20, n_steps=200):
     """Fit EPR to a curve (..., Q) at t (Q,): the theta (..., 6) with the least KL(curve || q), from
-    the best of n_starts random starts. The paper uses L-BFGS, but Adam keeps the curves apart."""
+    the best of n_starts random starts. The paper uses L-BFGS. Adam fits each curve as if alone."""
     t = t.clone()  # clones are ordinary tensors, even of a caller in inference mode
     target = (curve / curve.sum(-1, keepdim=True)).clone().unsqueeze(-2)
     theta = 2 * torch.randn(n_starts, 6, generator=torch.Generator().manual_seed(0)).to(target)
@@ -329,13 +342,15 @@ def fit_epr(t, curve, n_starts=20, n_steps=200):
         optimizer.zero_grad()
         kl.sum().backward()
         optimizer.step()
-    return theta.detach().take_along_dim(kl.argmin(-1)[..., None, None], -2).squeeze(-2)
+    best = kl.argmin(-1)[..., None, None]
+    return theta.detach().take_along_dim(best, -2).squeeze(-2)
 
 
-# Near t = 0, (4) grows like t^(-1/2). Such a density is flat in sqrt(t). So we cut sqrt(t) into
-# N_CELLS equal cells from 0 to 1. A table holds the probability, or mass, of each cell. In a cell
-# sqrt(t) is uniform: q(t) = mass * N_CELLS / (2 sqrt(t)). We draw from this very q and divide by
-# it, so nothing is biased, even if the fit is rough.
+# Near t = 0, E[l^2 | t] grows like 1/t (section 2). So (4) grows like 1/s, where s = sqrt(t), and
+# such a density is flat in s. So we cut s into N_CELLS equal cells from 0 to 1. A table holds the
+# probability, or mass, of each cell. In a cell s has the density mass * N_CELLS. Since ds/dt is
+# 1/(2 s), this means q(t) = mass * N_CELLS / (2 s). We draw from this very q and divide by it, so
+# nothing is biased, even if the fit is rough.
 N_CELLS = 128
 CELLS = ((torch.arange(N_CELLS).double() + 0.5) / N_CELLS).square()  # t at the middle of each cell
 N_COUNTS = 16  # counts k that a pilot of train.py tries, or all of them if n is smaller
@@ -363,12 +378,14 @@ def ppots_sample(u, table):
     cdf = table.cumsum(-1)  # at the right end of each cell
     cell = torch.searchsorted(cdf, u.contiguous()).clamp(max=N_CELLS - 1)
     mass = table.gather(-1, cell)
-    sqrt_t = (cell + 1 - ((cdf.gather(-1, cell) - u) / mass).clamp(0, 1)) / N_CELLS
-    return sqrt_t.square(), 2 * sqrt_t / (mass * N_CELLS)
+    above = (cdf.gather(-1, cell) - u) / mass  # the part of the cell above u
+    s = (cell + 1 - above.clamp(0, 1)) / N_CELLS
+    return s.square(), 2 * s / (mass * N_CELLS)
 
 
 # --------------------------------------------------------------------------------------------------
-# 5. MIRROR: two masks as different as they can be. It lowers noise A, and is unbiased.
+# 5. MIRROR: two masks as different as they can be, by the old trick of antithetic random numbers,
+# r and 1 - r. It lowers noise A, and is unbiased.
 
 
 def mirror(r):
@@ -381,8 +398,8 @@ def mirror(r):
     A becomes A (1 + rho) / 2, where rho is the correlation of the two losses, given x0 and t. If
     hiding one more token never lowers H, rho is at most 0. The paper concedes that MIRROR doubles
     the cost. Fair controls do so, too: two independent masks (multi2, the paper's MultiSample-2),
-    twice the batch (batch2), twice the steps (steps2). At this equal compute and with fresh data,
-    MIRROR beats twice the batch only if -rho A > B + C."""
+    twice the batch (batch2), twice the steps (steps2). Twice the batch, of fresh data, leaves
+    (A + B + C) / 2. So MIRROR beats it only if -rho A > B + C."""
     return torch.cat([r, 1 - r])
 
 
@@ -391,29 +408,31 @@ def mirror(r):
 
 
 def stratify(u):
-    """StraTS: cut (0,1] into equal strata, and draw equally many u (..., B) in each. It lowers
-    noise B, and is unbiased, because sequences come in random order."""
-    B = u.shape[-1]
-    return (torch.arange(B, device=u.device) % n_strata(B) + u) / n_strata(B)
+    """StraTS: cut (0,1] into equal strata, and move equally many u (..., B) into each. It lowers
+    noise B. It is unbiased: sequences come in random order, so each finds a random stratum."""
+    strata = n_strata(u.shape[-1])
+    stratum = torch.arange(u.shape[-1], device=u.device) % strata
+    return (stratum + u) / strata
 
 
 def n_strata(batch_size):
-    """The paper takes sqrt(B) strata. We take the largest divisor of B not above."""
+    """The paper takes sqrt(B) strata. We take the largest divisor of B that is at most sqrt(B)."""
     return max(d for d in range(1, math.isqrt(batch_size) + 1) if batch_size % d == 0)
 
 
 def isad(p, weight, is_rare, delta=0.2):
-    """ISAD: hide rare tokens more often, with the probability q = min(p + delta, 1), and divide by
-    q. p, weight (..., B, 1), is_rare (..., B, n) bool -> q and its weight (..., B, n). It lowers
-    their noise A. BIASED (OURS): the context of every token now shows fewer rare tokens."""
-    q = torch.where(is_rare, (p + delta).clamp(max=1), p)
-    return q, weight * p / q
+    """ISAD: hide rare tokens with a higher probability, min(p + delta, 1), and divide by that.
+    p, weight (..., B, 1), is_rare (..., B, n) bool -> p, weight (..., B, n). It lowers noise A of
+    rare tokens. It is BIASED: all tokens now see fewer rare tokens around them (OURS)."""
+    higher = torch.where(is_rare, (p + delta).clamp(max=1), p)
+    return higher, weight * p / higher
 
 
 def ema_baseline(loss, u, ema, step=0.01):
-    """EMA: subtract from each loss the running mean of its bin of rates, and add the mean over all
-    bins. loss, u (S, B) and ema (S, bins) -> a steadier loss (S, B), and the new ema. The running
-    mean has no gradient, so the GRADIENT is the same to the bit: EMA trains like plain training."""
+    """EMA: cut the rates into bins, and keep a running mean of the loss in each. Subtract it from
+    each loss of the bin, and add the mean over all bins. loss, u (S, B) and ema (S, bins) -> a
+    steadier loss (S, B), and the new ema. The running mean has no gradient, so the GRADIENT is the
+    same to the bit: EMA trains like plain training."""
     bins = ema.shape[-1]
     bin_of = ((u * bins).ceil().long() - 1).clamp(0, bins - 1)
     steady = loss - ema.gather(-1, bin_of) + ema.mean(-1, keepdim=True)
@@ -434,17 +453,18 @@ def clipped(u, low=0.3, high=0.8):
 #
 # At t = .3 the example hides token 1 only: k = 1. Plain training divides H by n t = 1.2. But H
 # depends on the mask alone. So the spread of 1/t, for one and the same mask, only adds noise. The
-# best weight is the mean of 1/t given k, and it is (n + 1)/k.
+# best weight is the mean of 1/t given k (Rao-Blackwell), and it is (n + 1)/k.
 #
-# At t = .05 the example hides nothing. So does one draw in n + 1, and the factor n + 1 makes up for
-# it. It is better never to draw an empty mask. Then the weight is n/k: in the example W = 4 0 0 0.
-# So a by-count method draws k from a law P(k) on 1 ... n, and hides k random tokens, each with the
-# weight 1/(k P(k)). It is exactly unbiased, and needs no EPS:
+# At t = .05 the example hides nothing. In plain training this happens once in n + 1 draws, and the
+# factor n + 1 makes up for it. It is better never to draw an empty mask. Then the weight is n/k: in
+# the example W = 4 0 0 0. And k need not be uniform. So a by-count method draws k from 1 ... n with
+# the chance P(k), and hides k random tokens. Each has the weight 1/(k P(k)): for P(k) = 1/n this is
+# the n/k from above. The method is exactly unbiased, and needs no EPS:
 #
 #     exactk          P(k) = 1/n            (RADD, arXiv 2406.03736; LLaDA's evaluation)
 #     sqrtk           P(k) ~ 1/sqrt(k)      OURS: the smallest possible E[W^2]
 #     ppots_exactk    P(k) = integral of q(t) Bin(k; n, t), the counts that P-POTS hides. OURS
-#     clipped_exactk  the counts of clipped rates, and BIASED as they are. OURS
+#     clipped_exactk  the counts of clipped rates, and as BIASED. OURS
 #
 # By the law of section 3, exactk gains nothing near n = 560: its noise 1 + 1/2 + ... + 1/n has
 # grown to 6.9. There sqrtk still nearly halves plain training's noise. It never passes 4 ARMs.
@@ -456,18 +476,18 @@ def count_law(words, n, n_max, table=None):
     k = torch.arange(1, n_max + 1, dtype=n.dtype, device=n.device)
     middle = (torch.arange(N_CELLS, dtype=n.dtype, device=n.device) + 0.5) / N_CELLS  # of each cell
     chance = torch.ones_like(k)
-    # The weight of k is an integral divided by P(k): of Bin(k; n, t) / t over all rates t.
+    # The weight of k is integral / P(k). Over all rates, the integral of Bin(k; n, t) / t is 1/k.
     integral = 1 / k
     if "sqrtk" in words:
         chance = k**-0.5
-    if "ppots" in words:
-        law = binomial(k, n[..., None, None], middle.square()[:, None])
-        chance = (table[..., None, None, :].to(n) @ law).squeeze(-2)
-    if "clipped" in words:
+    if "ppots" in words:  # middle is sqrt(t)
+        given_t = binomial(k, n[..., None, None], middle.square()[:, None])
+        chance = (table[..., None, None, :].to(n) @ given_t).squeeze(-2)
+    if "clipped" in words:  # middle is u
         t = clipped(middle)[:, None]
-        law = binomial(k, n[..., None, None], t)
-        chance = law.mean(-2)
-        integral = (law / t).mean(-2)
+        given_t = binomial(k, n[..., None, None], t)
+        chance = given_t.mean(-2)
+        integral = (given_t / t).mean(-2)
     chance = torch.where(k <= n[..., None], chance, 0.0)
     chance = chance / chance.sum(-1, keepdim=True)
     return chance, integral / chance.clamp(min=1e-30)
@@ -523,7 +543,9 @@ def parse_method(name):
 def method_name(words):
     """The one spelling of a set of words: {"mirror", "ppots"} -> "ppots_mirror"."""
     ordered = [word for word in [*MASKING, *TRAINING] if word in words]
-    return "_".join(["mdm", *ordered] if set(words) <= {"batch2", "steps2"} else ordered)
+    if set(words) <= {"batch2", "steps2"}:
+        ordered = ["mdm", *ordered]
+    return "_".join(ordered)
 
 
 def work(words):
@@ -560,7 +582,8 @@ def draw_masks(method, u, r, table=None, eps=EPS, is_rare=None, response=None):
     table      ppots: a table (..., N_CELLS) of ppots_table
     is_rare    isad: (..., B, n) bool, the rare tokens
     response   (..., B, n) bool: only these tokens can be hidden, if sequences have other tokens,
-               too. Give response.sum(-1) to mdm_loss. Raises ValueError if arguments do not fit."""
+               too. Then give response.sum(-1) to mdm_loss.
+    Raises ValueError if arguments do not fit."""
     words = parse_method(method)
     check_arguments(words, u, r, table, is_rare, response)
     n_max = r.shape[-1]
@@ -582,7 +605,7 @@ def draw_masks(method, u, r, table=None, eps=EPS, is_rare=None, response=None):
         r = mirror(r)
     mask = r < p
     if response is not None:
-        mask = mask & response
+        mask = mask & response  # for mirror, whose 1 - 2.0 is below p
     return mask, weight.expand(mask.shape)
 
 
@@ -615,13 +638,13 @@ def cost_in_arms(method, n, table=None, eps=EPS):
     """Section 3's number E[W_i^2] for n response tokens, from draw_masks itself. Not for isad."""
     words = parse_method(method) - {"strats"}  # strata change B, and the law knows no B
     draw = torch.Generator().manual_seed(0)
+    # Small u matter most. So u = v^4 with an even v, and du = 4 v^3 dv.
     rows = math.ceil(4096 / n)  # draws in each of 256 cells of v
     v = (torch.arange(256)[:, None] + torch.rand(256, rows, generator=draw)).double() / 256
-    # Small r are rare and matter most. So the r of a cell are evenly spread, in random order.
+    # Small r matter most, too. So the r of a cell are evenly spread, in random order.
     r = torch.rand(work(words).masks, 256, rows * n, generator=draw).double()
     r = (ranks(r) + torch.rand(r.shape, generator=draw)) / (rows * n)
     r = r.view(-1, 256, rows, n)
-    # Small u matter most, too. So u = v^4, and du = 4 v^3 dv.
     mask, weight = draw_masks(words, v**4, r if "multi2" in words else r[0], table, eps)
     W = (mask * weight).mean(0)
     return (4 * v**3 * W.square().mean(-1)).mean().item()
@@ -635,15 +658,18 @@ def cost_in_arms(method, n, table=None, eps=EPS):
 # mask drawn, and 0 for all others. (If a step draws two masks, each counts half.)
 #
 # Take the mean square of G. Do it again after averaging G over the masks, then over the rates as
-# well, and then over the data as well. Each average takes one kind of noise away:
+# well, and then over the data as well. Each average takes one kind of noise away. And each line is
+# the mean of <G, G'>, where G and G' are two steps that share less and less:
 #
-#     E |G|^2                  mean, C, B and A    (same_step in the code)
-#     E_{x0} E_t |E_m G|^2     mean, C and B       (same_rate: two steps that share data and rate)
-#     E_{x0} |E_{t,m} G|^2     mean and C          (same_data: two steps that share the data)
-#     |E G|^2                  mean
+#                              is the sum of        and they share
+#     E |G|^2                  mean, C, B and A     all               (same_step in the code)
+#     E_{x0} E_t |E_m G|^2     mean, C and B        data and rate     (same_rate)
+#     E_{x0} |E_{t,m} G|^2     mean and C           the data          (same_data)
+#     |E G|^2                  mean                 nothing
 #
-# Each line is a sum over pairs of masks m, m': the mean of c_m c_m' times K_mm', where
-# K_mm' = E_{x0} <G_m, G_m'>. In the last line K_mean_mm' = <E_{x0} G_m, E_{x0} G_m'> replaces K.
+# Write <G, G'> as a sum over pairs of masks m, m'. The masks are drawn without a look at the data.
+# So a pair adds the mean of c_m c_m', times K_mm' = E_{x0} <G_m, G_m'>. In the last line
+# K_mean_mm' = <E_{x0} G_m, E_{x0} G_m'> replaces K_mm'.
 
 
 def sample_gradients(model, x0, pos, mask, weight):
@@ -659,12 +685,13 @@ def sample_gradients(model, x0, pos, mask, weight):
 
 def all_masks(n):
     """All 2^n masks (2^n, n), bool. Row j holds the binary digits of j, the lowest first."""
-    return (torch.arange(2**n)[:, None] >> torch.arange(n)) & 1 == 1
+    digits = (torch.arange(2**n)[:, None] >> torch.arange(n)) & 1
+    return digits.bool()
 
 
 def grams(model, x0, pos):
-    """K and K_mean as above, (N, N) float64. x0 (X, T) counts as the whole data set. For an ARM
-    N = 1, and G is the gradient of its loss."""
+    """The Gram matrices K and K_mean, (N, N) float64. x0 (X, T) counts as the whole data set. For
+    an ARM N = 1, and G is the gradient of its loss."""
     n = len(pos)
     masks = all_masks(n).to(x0.device)
     weights = torch.full(masks.shape, float(n), device=x0.device)  # so that the loss is H
@@ -688,6 +715,7 @@ def mirror_law(words, p, n):
     both = masks @ masks.T  # the number of tokens hidden by both masks
     none = n - k - k[:, None] + both
     one = n - both - none
+    # A token is hidden by both if 1 - p < r < p, by m alone if r < p and r <= 1 - p, and so on.
     law = max(2 * p - 1, 0) ** both * min(p, 1 - p) ** one * max(1 - 2 * p, 0) ** none
     if words & BY_COUNT:  # the same, if each mask hides n p tokens
         law = law * (k == round(n * p)) * (k[:, None] == round(n * p))
@@ -707,7 +735,8 @@ def exact_variance(method, K_pair, n, table=None, eps=EPS):
     length = torch.tensor([float(n)]).double()
     edges = torch.linspace(0, 1, 401).double() ** 4
     if words & BY_COUNT:
-        edges = torch.cat([edges, count_law(words, length, n, table)[0][0].cumsum(-1)])
+        chance, _ = count_law(words, length, n, table)
+        edges = torch.cat([edges, chance[0].cumsum(-1)])
     elif "ppots" in words:
         edges = torch.cat([edges, table.double().cumsum(-1)])
     edges = edges.clamp(max=1).unique()
@@ -718,16 +747,17 @@ def exact_variance(method, K_pair, n, table=None, eps=EPS):
     mean = 0.0  # E[c_m], (N,)
     for du, p_i, c in zip(edges.diff(), p.tolist(), weight / n):
         mirrored = mirror_law(words, p_i, n)
-        one = mirrored.sum(1)  # the law of each mask alone
-        independent = torch.outer(one, one)
-        drawn = torch.diag(one)
+        single = mirrored.sum(1)  # the chance of each mask
+        independent = torch.outer(single, single)
+        # The chance of a pair in one step. Of two masks, half the pairs are a mask and itself.
+        together = torch.diag(single)
         if "mirror" in words:
-            drawn = (drawn + mirrored) / 2
+            together = (together + mirrored) / 2
         if "multi2" in words:
-            drawn = (drawn + independent) / 2
-        same_step += du * c**2 * drawn
+            together = (together + independent) / 2
+        same_step += du * c**2 * together
         same_rate += du * c**2 * independent
-        mean += du * c * one
+        mean += du * c * single
     same_data = torch.outer(mean, mean)
 
     A = ((same_step - same_rate) * K).sum().item()
@@ -751,8 +781,8 @@ def generate(model, x, pos, steps=None, temperature=0.0, order="confidence", gen
     for step in range(steps):
         logits = model(x[..., :-1], pos - 1) if causal else model(x, pos)
         if temperature > 0:
-            p = (logits / temperature).softmax(-1).flatten(0, -2)
-            token = p.multinomial(1, generator=generator).view(logits.shape[:-1])
+            chance = (logits / temperature).softmax(-1).flatten(0, -2)
+            token = chance.multinomial(1, generator=generator).view(logits.shape[:-1])
         else:
             token = logits.argmax(-1)
         if causal or order == "left":
@@ -782,8 +812,9 @@ How noisy is the gradient of this model? Each line is a method; mdm is plain tra
 method       passes         law   predicted    measured           A           B           C"""
 DEMO_END = """
 Most of plain training's noise is A, and the law predicts the order of the methods without a model.
-P-POTS lowers A and pays with some B. Hiding exactly k tokens (exactk, sqrtk) needs one pass, and
-leaves less noise than MIRROR does with two. Noise C stays: only a larger batch would lower it."""
+P-POTS lowers A and pays with some B. Hiding exactly k tokens (exactk, sqrtk) needs one pass. With
+four tokens it leaves less noise than MIRROR does with two passes. Noise C stays: only a larger
+batch would lower it."""
 
 
 def demo():

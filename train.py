@@ -13,7 +13,7 @@ sequence, and n of them to predict, at the positions `pos`.
 
 Text has other defaults: n_layer 4, n_embd 128, batch_size 12, steps 2000.
 For two GPUs, run two commands with different methods or seeds in the same --out_dir.
-A method is arm, mdm, or several words joined by _. The words, as --help lists them:
+A method is arm, mdm, or several words joined by _. These words are listed by --help:
 """
 import argparse
 import copy
@@ -68,7 +68,7 @@ SETTINGS = [
     Setting("n_head", 4, "attention heads", 1, 1000),
     Setting("n_embd", 64, "width; enough to solve add3 in seconds a seed", 1, 10**5),
     # The training.
-    Setting("steps", 1000, "optimizer steps: the ARM solves add3, not every MDM does", 1, 10**9),
+    Setting("steps", 1000, "optimizer steps; on add3 most good methods get there", 1, 10**9),
     Setting("batch_size", 64, "sequences per step and seed", 1, 10**6),
     Setting("lr", 3e-3, "peak learning rate", 0, 1e3),
     Setting("warmup", 100, "steps up to the peak; then lr falls linearly to 0", 0, 10**9),
@@ -93,11 +93,11 @@ SETTINGS = [
     Setting("compile", False, "torch.compile the loss: takes 20 s, pays from some 8000 steps on"),
 ]
 TEXT_DEFAULTS = {"n_layer": 4, "n_embd": 128, "batch_size": 12, "steps": 2000}  # nanoGPT's on a CPU
-PAPER_SEEDS = [42, 731, 20231]
+PAPER_SEEDS = [42, 731, 20231]  # of all its tables
 
 
 def kind_of(dataset):
-    return "sums" if dataset in arith.DATASETS else "text"
+    return "sums" if dataset in arith.DATASETS else "text"  # mul2 counts as sums, too
 
 
 def defaults(dataset):
@@ -130,8 +130,9 @@ def parse_args(argv=None):
     given = vars(parser.parse_args(argv))  # only the flags that were typed
     for name in {"out_dir", "init_from", "dataset"} & given.keys():  # ~ is the home folder
         given[name] = ",".join(os.path.expanduser(part) for part in given[name].split(","))
+    # What was not typed has its default, and a text has other defaults.
     values = defaults(given.get("dataset", "add3")) | given
-    cfg = argparse.Namespace(**values)
+    cfg = argparse.Namespace(**values)  # cfg.lr, for example
     try:
         methods = [mdm.method_name(mdm.parse_method(name)) for name in cfg.method.split(",")]
         cfg.baseline = mdm.method_name(mdm.parse_method(cfg.baseline))
@@ -177,7 +178,7 @@ def check_effects(cfg, given, methods):
                  f"--method={','.join(methods)}: leave it out, or check the names")
     if "seeds" in given and "n_seeds" in given:
         fail("--seeds says which seeds, --n_seeds how many: give one of them")
-    for method in methods:
+    for method in methods:  # a batch of 7, for example, has a single stratum
         words = mdm.parse_method(method)
         if "strats" in words and mdm.n_strata(cfg.batch_size * mdm.work(words).batch) == 1:
             fail(f"{method}: --batch_size={cfg.batch_size} has no strata: choose 4, 9 or 64, say")
@@ -199,6 +200,7 @@ def load_data(cfg, methods):
             data.rare = data.encode(cfg.isad_tokens)
     except ValueError as e:
         fail(e)
+    # Two methods need certain tokens.
     words = words_of(methods)
     if "isad" in words and not data.rare:
         fail(f"isad: {cfg.dataset} has no rare tokens of its own: name some with --isad_tokens")
