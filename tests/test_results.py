@@ -1,4 +1,5 @@
 """Every cell of the pages' tables of results follows from the committed lines."""
+import json
 import re
 from pathlib import Path
 
@@ -82,3 +83,21 @@ def test_the_planned_comparisons_follow_from_the_lines():
         assert row["p"] == without_zero(f"{p:.2g}")
         assert row["p, Holm"] == (without_zero(f"{adjusted[pair]:.2g}") if pair in adjusted else "")
     assert not found
+
+
+def test_the_law_tables_follow_from_the_lines():
+    """Measured noise over predicted noise: before training, and after it."""
+    found = {}  # by n and method
+    for path in RESULTS.glob("*/variance.jsonl"):
+        for row in map(json.loads, path.read_text("utf-8").splitlines()):
+            found[f"n = {row['n']}", row["method"]] = row
+    before, after = [rows for _, rows in tables(RESULTS / "README.md") if "n = 4" in rows[0]]
+    for at, rows in (("start", before), ("end", after)):
+        for row in rows:
+            method = row.pop("method").strip("`")
+            for n, cell in row.items():
+                mine = found[n, method]
+                plain = found[n, "mdm"]
+                measured = mine[at] / plain[at]
+                predicted = mine[f"{at}_law"] / plain[f"{at}_law"]
+                assert cell == without_zero(f"{measured / predicted:.2f}")
