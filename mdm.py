@@ -616,6 +616,8 @@ def check_arguments(words, u, r, table, is_rare, response):
         raise ValueError(f"draw_masks does not know {others}: a training loop does")
     if "ppots" in words and table is None:
         raise ValueError("ppots needs a table: see ppots_table")
+    if table is not None and (table.shape[-1] != N_CELLS or table.dtype == torch.bool):
+        raise ValueError("table does not come from ppots_table: give response=... by its name")
     if "isad" in words and is_rare is None:
         raise ValueError("isad needs is_rare: a bool for each token")
     tokens = (*u.shape, r.shape[-1])

@@ -126,6 +126,9 @@ def test_shapes_are_checked():
         wrong = right | {name: torch.ones(3) > 0}
         with pytest.raises(ValueError, match=f"{name} has the shape"):
             mdm.draw_masks("isad", u, torch.rand(4, 3), **wrong)
+    for method, n in (("sqrtk", 3), ("ppots", mdm.N_CELLS)):  # the response in the table's place
+        with pytest.raises(ValueError, match="by its name"):
+            mdm.draw_masks(method, u, torch.rand(4, n), torch.ones(4, n) > 0)
 
 
 @pytest.mark.parametrize("fit", ["epr", "grid"])
