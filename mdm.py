@@ -496,8 +496,8 @@ def count_law(words, n, n_max, table=None):
 # --------------------------------------------------------------------------------------------------
 # 8. A method is a set of words. "ppots_mirror" is {"ppots", "mirror"}; "mdm" is the empty set.
 #
-# A METHOD OF YOUR OWN goes here: a word of small letters with a short description in MASKING, and
-# an `if` where it belongs: in draw_masks for u, r or the mask, in draw_rates for p and the weight.
+# A METHOD OF YOUR OWN goes here: a word without _ or capitals, with a description in MASKING, and an
+# `if` where it belongs: in draw_masks for u, r or the mask, in draw_rates for p and the weight.
 # Then train.py, its --help and sample.py know it. Without an `if` it is plain training.
 
 MASKING = {  # words that change the masks or their weights
@@ -813,7 +813,7 @@ How noisy is the gradient of this model? Each line is a method; mdm is plain tra
 
 method       passes         law   predicted    measured           A           B           C"""
 DEMO_END = """
-Most of plain training's noise is A, and the law predicts the order of the methods without a model.
+Most of plain training's noise is A, and the law predicts the order of the methods.
 P-POTS lowers A and pays with some B. Hiding exactly k tokens (exactk, sqrtk) needs one pass. With
 four tokens it leaves less noise than MIRROR does with two passes. Noise C stays: only a larger
 batch would lower it."""

@@ -13,7 +13,7 @@ sequence, and n of them to predict, at the positions `pos`.
 
 Text has other defaults: n_layer 4, n_embd 128, batch_size 12, steps 2000.
 For two GPUs, run two commands with different methods or seeds in the same --out_dir.
-A method is arm, mdm, or several words joined by _. These words are listed by --help:
+A method is arm, mdm, or several words joined by _. The words:
 """
 import argparse
 import copy

@@ -89,8 +89,8 @@ def make(name, n_train=0, n_test=512):
     n_train = n_train or len(train)
     if n_train > len(train):
         raise ValueError(f"{name} has {len(train)} training problems, not {n_train}")
-    if len({text.index("=") for text in train + test}) > 1:
-        raise ValueError(f"{name}: all problems must have their first = in the same place")
+    if len({(len(text), text.find("=")) for text in train + test}) > 1 or "=" not in train[0]:
+        raise ValueError(f"{name}: all problems need one length, and their first = in one place")
 
     vocabulary = Vocabulary("char", sorted(set("".join(train + test))))
     train_ids = torch.tensor([vocabulary.encode(text) for text in train[:n_train]])

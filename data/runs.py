@@ -245,7 +245,7 @@ def find_checkpoint(out_dir, method, seed=None):
         for trained in checkpoint["seeds"]:
             found[trained] = checkpoint
     if not found:
-        fail(f"there is no checkpoint of {method} in {out_dir}: train it, or check the path")
+        fail(f"there is no checkpoint of {method} in {out_dir}: check --method and the path")
     if seed is None:
         seed = min(found)
     if seed not in found:

@@ -109,7 +109,7 @@ def test_the_docstrings_example_is_all_that_a_new_task_needs(tmp_path):
 
 def test_a_task_with_its_first_equals_sign_in_two_places_is_refused(monkeypatch):
     monkeypatch.setitem(arith.TASKS, "mine", (100, lambda i: f"{i}={i}".ljust(5)))
-    with pytest.raises(ValueError, match="mine: .* same place"):
+    with pytest.raises(ValueError, match="mine: .* in one place"):
         arith.make("mine")
 
 
