@@ -246,7 +246,7 @@ def rate_to_p_mask(t, eps=EPS):
 #
 # The law has limits. A real ARM has other gradients than an MDM. What tokens have in common is left
 # out, and with it most of noise B. While a model learns, its tokens are not equally strong. Then a
-# method with one mask may gain less than the law says, or more. MIRROR kept to it in our tests.
+# method may gain less than the law says, or more. In our tests MIRROR alone kept to it throughout.
 
 # --------------------------------------------------------------------------------------------------
 # 4. P-POTS, the Pareto-optimal t-sampler: draw noisy rates more often, with a smaller weight.
