@@ -496,7 +496,7 @@ def count_law(words, n, n_max, table=None):
 # --------------------------------------------------------------------------------------------------
 # 8. A method is a set of words. "ppots_mirror" is {"ppots", "mirror"}; "mdm" is the empty set.
 #
-# A METHOD OF YOUR OWN goes here: a word without _ or capitals, with a description in MASKING, and an
+# A METHOD OF YOUR OWN goes here: a word without _ or capitals, described in MASKING, and an
 # `if` where it belongs: in draw_masks for u, r or the mask, in draw_rates for p and the weight.
 # Then train.py, its --help and sample.py know it. Without an `if` it is plain training.
 
