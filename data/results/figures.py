@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+import mdm
 from data import runs
 from data.results import report
 
@@ -142,7 +143,8 @@ def law(files):
             plain = {row["method"]: row for row in rows}["mdm"]
             for row in rows:
                 if row["method"] != "arm":
-                    family = next(word for word in FAMILIES if word in row["method"])
+                    words = mdm.parse_method(row["method"])
+                    family = next((word for word in FAMILIES if word in words), "mdm")
                     x = row[f"{at}_law"] / plain[f"{at}_law"]
                     ax.plot(x, row[at] / plain[at], marker, color=FAMILIES[family], alpha=0.8)
         for word, color in FAMILIES.items():
