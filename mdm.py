@@ -41,9 +41,9 @@ LETTERS  n, k      tokens in the response, and hidden ones among them
          H         the sum of -log p(x0_i | xt) over the hidden tokens, so that l = H / (n t)
          S, B, T   models trained side by side, sequences in a batch, tokens in a sequence
          M, X      masks of each sequence in a step, sequences that are measured
-Noise B is another B. In shapes such as (..., n) -> (...), the dots are any number of axes. A method
-is unbiased if its mean loss is L, apart from the small EPS of section 2. OURS marks an idea found
-neither in the paper nor, to our knowledge, anywhere else.
+B in a shape is the batch, and elsewhere a noise. In shapes such as (..., n) -> (...), the dots are
+any number of axes. A method is unbiased if its mean loss is L, apart from the small EPS of section
+2. OURS marks an idea found neither in the paper nor, to our knowledge, anywhere else.
 """
 import copy
 import math
@@ -163,7 +163,7 @@ class GPT(nn.Module):
 
     def forward(self, idx, pos):
         """idx (S, B, T) token ids, pos (n,) positions -> logits (S, B, n, V). To save time, the
-        last block leaves all other positions out."""
+        last block computes only the positions in pos."""
         S, _, T = idx.shape
         # Seed s finds its tokens from row s * (V + 1) on.
         first_row = torch.arange(S, device=idx.device).view(S, 1, 1) * self.wte.shape[1]
@@ -211,18 +211,18 @@ EPS = 1e-3  # the smallest p, as in LLaDA
 
 
 def rate_to_p_mask(t, eps=EPS):
-    """p, the probability of hiding a token at the rate t, squeezed into (eps, 1). OURS: without eps
-    the variance would be infinite. At a small t one token is hidden with probability n t, and then
-    l = H/(n t). So E[l^2 | t] is n t (H/(n t))^2 = H^2/(n t), and its integral over t grows like
-    log(1/eps). The price: L is a mean over p in (eps, 1), not (0, 1)."""
+    """p, the probability of hiding a token at the rate t, squeezed into (eps, 1). Without eps the
+    variance would be infinite (OURS). At a small t one token is hidden with probability n t, and
+    then l = H/(n t). So E[l^2 | t] is n t (H/(n t))^2 = H^2/(n t), and its integral over t grows
+    like log(1/eps). The price: L is a mean over p in (eps, 1), not (0, 1)."""
     return (1 - eps) * t + eps
 
 
 # --------------------------------------------------------------------------------------------------
 # 3. A law of noise: how noisy a method is, compared with an ARM. OURS.
 #
-# Let W_i be the weight of token i in a step. (If a step has two masks, it is the mean of the two.)
-# In the example W = 2 0 2 0. An ARM has W = 1 1 1 1. An unbiased method has E[W_i] = 1, and the
+# Let W_i be the weight of token i in a step, or its mean weight if the step has two masks. In the
+# example W = 2 0 2 0. An ARM has W = 1 1 1 1. An unbiased method has E[W_i] = 1, and the
 # spread of W_i around 1 is noise. A step's gradient is 1/n sum_i W_i g_i, where g_i is the gradient
 # of token i. Suppose the g_i are uncorrelated, nearly 0 in the mean, and equally strong, whatever
 # else is hidden. Then the variance of the step's gradient is proportional to
@@ -234,9 +234,9 @@ def rate_to_p_mask(t, eps=EPS):
 # example, plain training hides token i with probability p, and then its weight is 1/p. So the mean
 # of W^2 is p (1/p)^2 = 1/p at this p. Its mean over p in (EPS, 1) is about ln(1/EPS).
 #
-#     name in the code, and method            noise in ARMs              n = 4   n = 13   n = 64
+#     name, and what it is                    noise in ARMs              n = 4   n = 13   n = 64
 #     mdm         plain                       ln(1/EPS)                   6.91     6.91     6.91
-#     ppots       section 4; equal losses     (numerically)               3.94     4.38     5.26
+#     ppots       section 4, if H = k         (numerically)               4.50     5.02     6.05
 #     mirror      section 5; two passes       ln(1/EPS)/2 + ln 2 - 1/2    3.65     3.65     3.65
 #     multi2      two independent masks; two  ln(1/EPS)/2 + 1/2           3.95     3.95     3.95
 #     mdm_batch2  twice the batch; two        ln(1/EPS)/2                 3.45     3.45     3.45
@@ -246,7 +246,7 @@ def rate_to_p_mask(t, eps=EPS):
 #
 # The law has limits. A real ARM has other gradients than an MDM. What tokens have in common is left
 # out, and with it most of noise B. While a model learns, its tokens are not equally strong. Then a
-# method may gain less than the law says, or more. In our tests MIRROR alone kept to it throughout.
+# method may gain less than the law says, or more. In our tests only mirror kept to it throughout.
 
 # --------------------------------------------------------------------------------------------------
 # 4. P-POTS, the Pareto-optimal t-sampler: draw noisy rates more often, with a smaller weight.
@@ -257,10 +257,9 @@ def rate_to_p_mask(t, eps=EPS):
 #
 #     q(t)  ~  sqrt( E[l^2 | t] )            where ~ means "proportional to".                    (4)
 #
-# So P-POTS lowers the sum of A and B, though B alone may grow. The best q for the gradient may be
-# another. A step costs one pass. Now and then a pilot, a few forward passes, measures E[l^2 | t].
-# The paper writes E[l^2 | t] as mean^2 + variance. But its pilot averages over x0 before it takes
-# the square, and so it leaves out the variance from one sequence to the next.
+# So P-POTS lowers the sum of A and B, though B alone may grow. Now and then a pilot, a few forward
+# passes, measures E[l^2 | t]. The paper writes it as mean^2 + variance. But its pilot averages over
+# x0 before it takes the square, and so leaves out the variance from one sequence to the next.
 #
 # OURS: the pilot needs no grid of rates. All masks of k tokens are equally likely, whatever t is.
 # So it is enough to measure E[H^2 | k]. At a given rate, k has the binomial law Bin(k; n, p):
@@ -301,10 +300,10 @@ def pilot(model, x0, pos, r):
 
 
 def second_moment(counts, H, t, n, eps=EPS):
-    """Equation (5): E[l^2 | t] at the rates t (Q,), as (..., Q) float64 on the CPU, from a pilot's
-    counts (n_counts,) or (X, n_counts) and H (..., X, n_counts). n is a number, or (X,) if the
-    responses differ in length. Then we use the median length, as if the loss of a hidden token
-    depended on k/n only. A rough curve costs gain, but causes no bias."""
+    """Equation (5): E[l^2 | t] at Q rates t (Q,), as (..., Q) float64 on the CPU. From a pilot:
+    counts (n_counts,) or (X, n_counts), and H (..., X, n_counts). n is the length of all responses,
+    or (X,) their lengths. Then we take the median, as if the loss of a hidden token depended on k/n
+    only. A rough curve costs gain, but causes no bias."""
     counts = counts.cpu().double()
     lengths = torch.as_tensor(n).cpu().double().view(-1, 1).clamp(min=1)
     share = (counts / lengths).mean(0)  # of hidden tokens, (n_counts,)
@@ -328,13 +327,13 @@ def epr(theta, t):
 
 
 @torch.inference_mode(False)  # fitting needs gradients, whatever mode the caller is in
-def fit_epr(t, curve, n_starts=20, n_steps=200):
-    """Fit EPR to a curve (..., Q) at t (Q,): the theta (..., 6) with the least KL(curve || q), from
-    the best of n_starts random starts. The paper uses L-BFGS. Adam fits each curve as if alone."""
+def fit_epr(t, density, n_starts=20, n_steps=200):
+    """Fit EPR to a density (..., Q) at t (Q,): the theta (..., 6) of the least KL(density || q), in
+    the best of n_starts random starts. The paper uses L-BFGS. Adam fits each row as if alone."""
     t = t.clone()  # clones are ordinary tensors, even of a caller in inference mode
-    target = (curve / curve.sum(-1, keepdim=True)).clone().unsqueeze(-2)
+    target = (density / density.sum(-1, keepdim=True)).clone().unsqueeze(-2)
     theta = 2 * torch.randn(n_starts, 6, generator=torch.Generator().manual_seed(0)).to(target)
-    theta = theta.expand(*curve.shape[:-1], -1, -1).clone().requires_grad_()
+    theta = theta.expand(*density.shape[:-1], -1, -1).clone().requires_grad_()
     optimizer = torch.optim.Adam([theta], betas=(0.9, 0.99))
     for step in range(n_steps):
         optimizer.param_groups[0]["lr"] = 0.2 * (1 - step / n_steps)
@@ -346,11 +345,11 @@ def fit_epr(t, curve, n_starts=20, n_steps=200):
     return theta.detach().take_along_dim(best, -2).squeeze(-2)
 
 
-# Near t = 0, E[l^2 | t] grows like 1/t (section 2). So (4) grows like 1/s, where s = sqrt(t), and
-# such a density is flat in s. So we cut s into N_CELLS equal cells from 0 to 1. A table holds the
-# probability, or mass, of each cell. In a cell s has the density mass * N_CELLS. Since ds/dt is
-# 1/(2 s), this means q(t) = mass * N_CELLS / (2 s). We draw from this very q and divide by it, so
-# nothing is biased, even if the fit is rough.
+# Near t = 0, E[l^2 | t] grows like 1/t (section 2), and (4) like 1/sqrt(t). The density of
+# s = sqrt(t) is flat there. So we cut s, not t, into N_CELLS equal cells from 0 to 1. A table holds
+# the probability, or mass, of each. In a cell the density of s is mass * N_CELLS. The density of t
+# is q(t) = mass * N_CELLS / (2 s), because ds/dt = 1/(2 s). We draw from this very q and divide by
+# it. So a rough fit biases nothing.
 N_CELLS = 128
 CELLS = ((torch.arange(N_CELLS).double() + 0.5) / N_CELLS).square()  # t at the middle of each cell
 N_COUNTS = 16  # counts k that a pilot of train.py tries, or all of them if n is smaller
@@ -396,9 +395,9 @@ def mirror(r):
     an ARM. For t < 1/2 a token is hidden at most once, for t > 1/2 at least once.
 
     A becomes A (1 + rho) / 2, where rho is the correlation of the two losses, given x0 and t. If
-    hiding one more token never lowers H, rho is at most 0. The paper concedes that MIRROR doubles
-    the cost. Fair controls do so, too: two independent masks (multi2, the paper's MultiSample-2),
-    twice the batch (batch2), twice the steps (steps2). Twice the batch, of fresh data, leaves
+    hiding one more token never lowers H, rho is at most 0. MIRROR costs two passes, as the paper
+    concedes. So do its controls: two independent masks (multi2, the paper's MultiSample-2), twice
+    the batch (batch2) and twice the steps (steps2). Twice the batch, of fresh data, leaves
     (A + B + C) / 2. So MIRROR beats it only if -rho A > B + C."""
     return torch.cat([r, 1 - r])
 
@@ -421,7 +420,7 @@ def n_strata(batch_size):
 
 
 def isad(p, weight, is_rare, delta=0.2):
-    """ISAD: hide rare tokens with a higher probability, min(p + delta, 1), and divide by that.
+    """ISAD: hide rare tokens with a higher probability, min(p + delta, 1), and a lower weight.
     p, weight (..., B, 1), is_rare (..., B, n) bool -> p, weight (..., B, n). It lowers noise A of
     rare tokens. It is BIASED: all tokens now see fewer rare tokens around them (OURS)."""
     higher = torch.where(is_rare, (p + delta).clamp(max=1), p)
@@ -429,8 +428,8 @@ def isad(p, weight, is_rare, delta=0.2):
 
 
 def ema_baseline(loss, u, ema, step=0.01):
-    """EMA: cut the rates into bins, and keep a running mean of the loss in each. Subtract it from
-    each loss of the bin, and add the mean over all bins. loss, u (S, B) and ema (S, bins) -> a
+    """EMA: cut the u into bins, and keep a running mean of the loss in each. Subtract it from each
+    loss of the bin, and add the mean over all bins. loss, u (S, B) and ema (S, bins) -> a
     steadier loss (S, B), and the new ema. The running mean has no gradient, so the GRADIENT is the
     same to the bit: EMA trains like plain training."""
     bins = ema.shape[-1]
@@ -455,19 +454,19 @@ def clipped(u, low=0.3, high=0.8):
 # depends on the mask alone. So the spread of 1/t, for one and the same mask, only adds noise. The
 # best weight is the mean of 1/t given k (Rao-Blackwell), and it is (n + 1)/k.
 #
-# At t = .05 the example hides nothing. In plain training this happens once in n + 1 draws, and the
-# factor n + 1 makes up for it. It is better never to draw an empty mask. Then the weight is n/k: in
-# the example W = 4 0 0 0. And k need not be uniform. So a by-count method draws k from 1 ... n with
-# the chance P(k), and hides k random tokens. Each has the weight 1/(k P(k)): for P(k) = 1/n this is
-# the n/k from above. The method is exactly unbiased, and needs no EPS:
+# At t = .05 the example hides nothing. Plain training draws such an empty mask once in n + 1 times.
+# If we never draw it, the weight is n/k: in the example W = 4 0 0 0. And k need not be uniform. So
+# a by-count method draws k from 1 ... n with the probability P(k), and hides k random tokens. Each
+# has the weight 1/(k P(k)). For P(k) = 1/n this is n/k again. This is exactly unbiased, and needs
+# no EPS:
 #
 #     exactk          P(k) = 1/n            (RADD, arXiv 2406.03736; LLaDA's evaluation)
 #     sqrtk           P(k) ~ 1/sqrt(k)      OURS: the smallest possible E[W^2]
-#     ppots_exactk    P(k) = integral of q(t) Bin(k; n, t), the counts that P-POTS hides. OURS
-#     clipped_exactk  the counts of clipped rates, and as BIASED. OURS
+#     ppots_exactk    P(k) ~ integral of q(t) Bin(k; n, t), the counts that P-POTS hides. OURS
+#     clipped_exactk  the counts and mean weights of clipped rates, and as BIASED. OURS
 #
-# By the law of section 3, exactk gains nothing near n = 560: its noise 1 + 1/2 + ... + 1/n has
-# grown to 6.9. There sqrtk still nearly halves plain training's noise. It never passes 4 ARMs.
+# By section 3 exactk gains nothing near n = 560: there its noise 1 + 1/2 + ... + 1/n is 6.9, too.
+# The noise of sqrtk never passes 4 ARMs.
 
 
 def count_law(words, n, n_max, table=None):
@@ -498,7 +497,7 @@ def count_law(words, n, n_max, table=None):
 #
 # A METHOD OF YOUR OWN goes here: a word without _ or capitals, described in MASKING, and an
 # `if` where it belongs: in draw_masks for u, r or the mask, in draw_rates for p and the weight.
-# Then train.py, its --help and sample.py know it. Without an `if` it is plain training.
+# Then train.py, its --help and sample.py know it. A word without an `if` changes nothing.
 
 MASKING = {  # words that change the masks or their weights
     "ppots": "t from the density of least variance, measured by a pilot",
@@ -540,14 +539,6 @@ def parse_method(name):
     return words
 
 
-def method_name(words):
-    """The one spelling of a set of words: {"mirror", "ppots"} -> "ppots_mirror"."""
-    ordered = [word for word in [*MASKING, *TRAINING] if word in words]
-    if set(words) <= {"batch2", "steps2"}:
-        ordered = ["mdm", *ordered]
-    return "_".join(ordered)
-
-
 def work(words):
     """The work of a method, in multiples of plain training's."""
     masks = 2 if words & {"mirror", "multi2"} else 1
@@ -573,7 +564,7 @@ def draw_rates(words, u, n, n_max, table=None, eps=EPS):
     return p, 1 / p
 
 
-def draw_masks(method, u, r, table=None, eps=EPS, is_rare=None, response=None):
+def draw_masks(method, u, r, *, table=None, eps=EPS, is_rare=None, response=None):
     """A method's masks, bool, and weights, both (M, ..., B, n): all that the loss needs.
 
     method     a name or a set of words; only words of MASKING
@@ -590,11 +581,11 @@ def draw_masks(method, u, r, table=None, eps=EPS, is_rare=None, response=None):
     n = u.new_full((1,), n_max)
     if response is not None:
         n = response.sum(-1).clamp(min=1).to(u)
-        r = r.masked_fill(~response, 2.0)  # all other tokens get the last ranks
+        r = r.masked_fill(~response, 2.0)  # above every p, and last in rank
     if "strats" in words:
         u = stratify(u)
     p, weight = draw_rates(words, u, n, n_max, table, eps)
-    p, weight, n = p[..., None], weight[..., None], n[..., None]
+    p, weight, n = p[..., None], weight[..., None], n[..., None]  # an axis for the tokens
     if "isad" in words:
         p, weight = isad(p, weight, is_rare)
     if words & BY_COUNT:
@@ -605,19 +596,16 @@ def draw_masks(method, u, r, table=None, eps=EPS, is_rare=None, response=None):
         r = mirror(r)
     mask = r < p
     if response is not None:
-        mask = mask & response  # for mirror, whose 1 - 2.0 is below p
+        mask = mask & response  # the mirror image of 2.0 is below p
     return mask, weight.expand(mask.shape)
 
 
 def check_arguments(words, u, r, table, is_rare, response):
     """Raise a ValueError of one line if an argument of draw_masks is missing or wrong."""
-    others = " ".join(sorted(words - MASKING.keys()))
-    if others:
-        raise ValueError(f"draw_masks does not know {others}: a training loop does")
+    if not words <= MASKING.keys():
+        raise ValueError(f"draw_masks knows only {' '.join(MASKING)}; a training loop knows more")
     if "ppots" in words and table is None:
         raise ValueError("ppots needs a table: see ppots_table")
-    if table is not None and (table.shape[-1] != N_CELLS or table.dtype == torch.bool):
-        raise ValueError("table does not come from ppots_table: give response=... by its name")
     if "isad" in words and is_rare is None:
         raise ValueError("isad needs is_rare: a bool for each token")
     tokens = (*u.shape, r.shape[-1])
@@ -629,49 +617,49 @@ def check_arguments(words, u, r, table, is_rare, response):
 
 
 def method_loss(model, x0, pos, mask, weight):
-    """x0 (S, B, T), pos (n,), mask, weight (M, S, B, n) -> loss (S, B), its mean over the masks."""
+    """x0 (S, B, T), pos (n,), mask, weight (M, S, B, n) -> (S, B), the mean loss over the masks."""
     mask = mask.transpose(0, 1)  # (S, M, B, n): seeds lead, and all masks are one batch
     weight = weight.transpose(0, 1)
     x0 = x0[:, None].expand(-1, mask.shape[1], -1, -1)
     return mdm_loss(token_nll(model, x0, pos, mask), mask, weight).mean(1)
 
 
-def cost_in_arms(method, n, table=None, eps=EPS):
+# --------------------------------------------------------------------------------------------------
+# 9. The noise of a method, predicted by section 3, and measured exactly.
+
+
+def noise_in_arms(method, n, table=None, eps=EPS):
     """Section 3's number E[W_i^2] for n response tokens, from draw_masks itself. Not for isad."""
     words = parse_method(method) - {"strats"}  # strata change B, and the law knows no B
     draw = torch.Generator().manual_seed(0)
-    # Small u matter most. So u = v^4 with an even v, and du = 4 v^3 dv.
+    # Small u have the large weights. So u = v^4 with a uniform v, and du = 4 v^3 dv.
     rows = math.ceil(4096 / n)  # draws in each of 256 cells of v
     v = (torch.arange(256)[:, None] + torch.rand(256, rows, generator=draw)).double() / 256
     # Small r matter most, too. So the r of a cell are evenly spread, in random order.
     r = torch.rand(work(words).masks, 256, rows * n, generator=draw).double()
     r = (ranks(r) + torch.rand(r.shape, generator=draw)) / (rows * n)
     r = r.view(-1, 256, rows, n)
-    mask, weight = draw_masks(words, v**4, r if "multi2" in words else r[0], table, eps)
+    mask, weight = draw_masks(words, v**4, r if "multi2" in words else r[0], table=table, eps=eps)
     W = (mask * weight).mean(0)
     return (4 * v**3 * W.square().mean(-1)).mean().item()
 
 
-# --------------------------------------------------------------------------------------------------
-# 9. The variance, measured: equation (3) for the gradient of a given model, exactly.
+# Now equation (3), for the gradient of a given model. A response of n tokens has only N = 2^n
+# masks, and we list them all. Let G_m be the gradient of H under mask m. A step that draws m has
+# the gradient G = c G_m, where c is weight/n. (With two masks, G is the mean of the two.)
 #
-# A response of n tokens has only N = 2^n masks, and we list them all. Let G_m be the gradient of H
-# under mask m. Then a step's gradient is G = sum over m of c_m G_m, where c_m is weight/n for the
-# mask drawn, and 0 for all others. (If a step draws two masks, each counts half.)
+# Average G over the masks, then over the rates as well, and then over the data as well. Each
+# average takes one kind of noise out of the mean square:
 #
-# Take the mean square of G. Do it again after averaging G over the masks, then over the rates as
-# well, and then over the data as well. Each average takes one kind of noise away. And each line is
-# the mean of <G, G'>, where G and G' are two steps that share less and less:
+#                              is |E G|^2 plus    in the code
+#     E |G|^2                  C, B and A         same_step * K
+#     E_{x0} E_t |E_m G|^2     C and B            same_rate * K
+#     E_{x0} |E_{t,m} G|^2     C                  same_data * K
+#     |E G|^2                  nothing            same_data * K_mean
 #
-#                              is the sum of        and they share
-#     E |G|^2                  mean, C, B and A     all               (same_step in the code)
-#     E_{x0} E_t |E_m G|^2     mean, C and B        data and rate     (same_rate)
-#     E_{x0} |E_{t,m} G|^2     mean and C           the data          (same_data)
-#     |E G|^2                  mean                 nothing
-#
-# Write <G, G'> as a sum over pairs of masks m, m'. The masks are drawn without a look at the data.
-# So a pair adds the mean of c_m c_m', times K_mm' = E_{x0} <G_m, G_m'>. In the last line
-# K_mean_mm' = <E_{x0} G_m, E_{x0} G_m'> replaces K_mm'.
+# Each line is a sum over pairs of masks m, m'. A pair adds the mean of c c', if both are drawn,
+# times K_mm' = E_{x0} <G_m, G_m'>. (They factor, since masks are drawn without a look at the data.)
+# In the last line K_mean_mm' = <E_{x0} G_m, E_{x0} G_m'> replaces K_mm'.
 
 
 def sample_gradients(model, x0, pos, mask, weight):
@@ -686,7 +674,7 @@ def sample_gradients(model, x0, pos, mask, weight):
 
 
 def all_masks(n):
-    """All 2^n masks (2^n, n), bool. Row j holds the binary digits of j, the lowest first."""
+    """All 2^n masks (2^n, n), bool: row j holds the binary digits of j."""
     digits = (torch.arange(2**n)[:, None] >> torch.arange(n)) & 1
     return digits.bool()
 
@@ -712,22 +700,24 @@ def grams(model, x0, pos):
 
 def mirror_law(words, p, n):
     """P(m, m') (N, N), the chance of mask m and its mirror image m' at the rate p."""
-    masks = all_masks(n).double()
-    k = masks.sum(1)
-    both = masks @ masks.T  # the number of tokens hidden by both masks
-    none = n - k - k[:, None] + both
-    one = n - both - none
-    # A token is hidden by both if 1 - p < r < p, by m alone if r < p and r <= 1 - p, and so on.
-    law = max(2 * p - 1, 0) ** both * min(p, 1 - p) ** one * max(1 - 2 * p, 0) ** none
-    if words & BY_COUNT:  # the same, if each mask hides n p tokens
-        law = law * (k == round(n * p)) * (k[:, None] == round(n * p))
+    one = min(p, 1 - p)  # the chance that m hides a token and m' does not: r < p and r <= 1 - p
+    token = [[max(1 - 2 * p, 0), one], [one, max(2 * p - 1, 0)]]  # for a single token
+    law = torch.ones(1, 1).double()
+    for _ in range(n):  # tokens are independent
+        law = torch.kron(law, torch.tensor(token, dtype=law.dtype))
+    if words & BY_COUNT:  # keep the masks of n p tokens
+        right = all_masks(n).sum(1) == round(n * p)
+        law = law * right * right[:, None]
     return law / law.sum()
 
 
 def exact_variance(method, K_pair, n, table=None, eps=EPS):
-    """{"A", "B", "C", "total"} of the gradient, per sequence, from a pair of grams(). If the pair
-    holds products of H, it is the noise of the loss. table (N_CELLS,). Not for isad and strats."""
+    """{"A", "B", "C", "total"} of the gradient, per sequence, from a pair of grams(). A pair with
+    products of H, in place of those of G, gives the noise of the loss. table (N_CELLS,).
+    Raises ValueError for isad and strats."""
     words = parse_method(method)
+    if words & {"isad", "strats"}:
+        raise ValueError(f"exact_variance cannot do {method}")
     K, K_mean = K_pair
     if "arm" in words:
         C = (K - K_mean).item()
@@ -744,14 +734,15 @@ def exact_variance(method, K_pair, n, table=None, eps=EPS):
     edges = edges.clamp(max=1).unique()
     p, weight = draw_rates(words, (edges[1:] + edges[:-1]) / 2, length, n, table, eps)
 
-    same_step = 0.0  # E[c_m c_m'] of all pairs of masks, (N, N)
-    same_rate = 0.0  # the mean over t of E_m[c_m] E_m[c_m']
-    mean = 0.0  # E[c_m], (N,)
+    same_step = 0.0  # (N, N): the mean of c c' if one step draws both m and m', and 0 if not
+    same_rate = 0.0  # (N, N): the same for two steps of one rate
+    mean = 0.0  # (N,): the mean of c if a step draws m, and 0 if not
     for du, p_i, c in zip(edges.diff(), p.tolist(), weight / n):
         mirrored = mirror_law(words, p_i, n)
         single = mirrored.sum(1)  # the chance of each mask
         independent = torch.outer(single, single)
-        # The chance of a pair in one step. Of two masks, half the pairs are a mask and itself.
+        # The chance of a pair in one step. Two masks make four pairs, and two of these are a mask
+        # and itself.
         together = torch.diag(single)
         if "mirror" in words:
             together = (together + mirrored) / 2
@@ -792,7 +783,7 @@ def generate(model, x, pos, steps=None, temperature=0.0, order="confidence", gen
         else:
             score = logits.log_softmax(-1).gather(-1, token[..., None]).squeeze(-1)
         hidden = x[..., pos] == model.config.vocab_size
-        n_keep = (hidden.sum(-1, keepdim=True) / (steps - step)).ceil()  # the last step leaves none
+        n_keep = (hidden.sum(-1, keepdim=True) / (steps - step)).ceil()  # an equal share
         best_first = ranks(-score.masked_fill(~hidden, -torch.inf))  # hidden tokens come first
         x = x.clone()
         x[..., pos] = torch.where(best_first < n_keep, token, x[..., pos])
@@ -842,11 +833,11 @@ def demo():
     pairs = grams(model, x0[:16], pos)
     counts, H = pilot(model, x0[None, :16], pos, torch.rand(1, 16, 4, 4, generator=draw))
     table = ppots_table(counts, H, 4, fit="grid")[0]
-    plain_law = cost_in_arms("mdm", 4)
+    plain_law = noise_in_arms("mdm", 4)
     plain = exact_variance("mdm", pairs, 4)["total"]
     print(DEMO_HEAD)
     for method in DEMO_METHODS:
-        law = cost_in_arms(method, 4, table)
+        law = noise_in_arms(method, 4, table)
         parts = exact_variance(method, pairs, 4, table)
         shares = [law / plain_law, *(parts[name] / plain for name in ("total", "A", "B", "C"))]
         cells = "".join(f"{share:12.0%}" for share in shares)

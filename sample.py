@@ -87,7 +87,7 @@ def main(argv=None):
     try:
         # A method's own settings belong to the name of its folder: "ppots ppots_fit=grid".
         name, space, own = args.method.partition(" ")
-        method = mdm.method_name(mdm.parse_method(name)) + space + own
+        method = train.method_name(mdm.parse_method(name)) + space + own
     except ValueError as e:
         fail(e)
     model, vocabulary, dataset = load_model(out_dir, method, args.seed, device)

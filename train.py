@@ -35,7 +35,7 @@ from data.results import report, variance
 from data.runs import fail
 
 # --------------------------------------------------------------------------------------------------
-# Settings. All methods are compared at the same settings. Only a few settings belong to one method.
+# Settings, the same for all methods. If you know nanoGPT, glance at them, and go on with Training.
 # Brackets in a description tell what happens if the flag is not given.
 
 
@@ -45,21 +45,21 @@ class Setting(NamedTuple):
     why: str  # its --help
     low: object = None  # the smallest number allowed
     high: object = None  # the largest number allowed
-    shared: bool = True  # results depend on it, so all runs in a folder have the same value
-    user: str = ""  # who uses it: "sums", "text" or a method's word; "" means everyone
+    shared: bool = True  # all runs in a folder agree on it (on a method's own: its runs)
+    user: str = ""  # who uses it: sums, text, init_from or a method's word; "" means everyone
 
 
 SETTINGS = [
     # What to train, and on which data.
     Setting("method", "arm,mdm,ppots_mirror", "methods, separated by commas", shared=False),
     Setting("seeds", "", "seeds, separated by commas [see n_seeds]", shared=False),
-    Setting("n_seeds", 3, "42,731,20231 as in the paper, then 0,1,2,...", 1, 10**5, shared=False),
+    Setting("n_seeds", 3, "how many: 42,731,20231, then 0,1,2,...", 1, 10**5, shared=False),
     Setting("dataset", "add3", f"{', '.join(arith.DATASETS)}; or shakespeare_char; or a text file"),
     Setting("init_from", "", "fine-tune: start from the arm or mdm in this folder", shared=False),
     Setting("init_seed", -1, "the seed to start from (-1: the smallest)", -1, 10**18, shared=False,
             user="init_from"),
     Setting("n_train", 0, "number of training problems (0: all)", 0, 10**9, user="sums"),
-    Setting("n_test", 512, "held-out problems; only the last evaluation takes more than 512",
+    Setting("n_test", 512, "held-out problems; a quick evaluation takes at most 512",
             1, 10**6, user="sums"),
     Setting("tokenizer", "char", "char, or a tiktoken encoding such as gpt2", user="text"),
     Setting("block_size", 64, "response tokens, after one prompt token", 1, 10**6, user="text"),
@@ -68,7 +68,7 @@ SETTINGS = [
     Setting("n_head", 4, "attention heads", 1, 1000),
     Setting("n_embd", 64, "width; enough to solve add3 in seconds a seed", 1, 10**5),
     # The training.
-    Setting("steps", 1000, "optimizer steps; on add3 most good methods get there", 1, 10**9),
+    Setting("steps", 1000, "optimizer steps; enough for most good methods on add3", 1, 10**9),
     Setting("batch_size", 64, "sequences per step and seed", 1, 10**6),
     Setting("lr", 3e-3, "peak learning rate", 0, 1e3),
     Setting("warmup", 100, "steps up to the peak; then lr falls linearly to 0", 0, 10**9),
@@ -93,7 +93,7 @@ SETTINGS = [
     Setting("compile", False, "torch.compile the loss: takes 20 s, pays from some 8000 steps on"),
 ]
 TEXT_DEFAULTS = {"n_layer": 4, "n_embd": 128, "batch_size": 12, "steps": 2000}  # nanoGPT's on a CPU
-PAPER_SEEDS = [42, 731, 20231]  # of all its tables
+PAPER_SEEDS = [42, 731, 20231]  # in all tables of the paper
 
 
 def kind_of(dataset):
@@ -101,10 +101,8 @@ def kind_of(dataset):
 
 
 def defaults(dataset):
-    values = {s.name: s.default for s in SETTINGS}
-    if kind_of(dataset) == "text":
-        values |= TEXT_DEFAULTS
-    return values
+    others = TEXT_DEFAULTS if kind_of(dataset) == "text" else {}
+    return {s.name: s.default for s in SETTINGS} | others
 
 
 def parse_args(argv=None):
@@ -124,7 +122,7 @@ def parse_args(argv=None):
         else:
             form = {"type": type(s.default), "metavar": type(s.default).__name__}
         why = f"{s.user}: {s.why}" if s.user else s.why
-        if s.default and s.default != -1:  # the text itself explains -1, 0 and ""
+        if s.default and s.default != -1:  # -1, 0 and "" are explained in the text
             why += f" [{s.default}]"
         parser.add_argument(f"--{s.name}", help=why, **form)
     given = vars(parser.parse_args(argv))  # only the flags that were typed
@@ -134,14 +132,22 @@ def parse_args(argv=None):
     values = defaults(given.get("dataset", "add3")) | given
     cfg = argparse.Namespace(**values)  # cfg.lr, for example
     try:
-        methods = [mdm.method_name(mdm.parse_method(name)) for name in cfg.method.split(",")]
-        cfg.baseline = mdm.method_name(mdm.parse_method(cfg.baseline))
+        methods = [method_name(mdm.parse_method(name)) for name in cfg.method.split(",")]
+        cfg.baseline = method_name(mdm.parse_method(cfg.baseline))
     except ValueError as e:
         fail(e)
     methods = list(dict.fromkeys(methods))  # each once, in this order
     check_values(cfg)
     check_effects(cfg, given, methods)
     return cfg, methods, parse_seeds(cfg)
+
+
+def method_name(words):
+    """The one spelling of a set of words: {"mirror", "ppots"} -> "ppots_mirror"."""
+    ordered = [word for word in [*mdm.MASKING, *mdm.TRAINING] if word in words]
+    if set(words) <= {"batch2", "steps2"}:
+        ordered = ["mdm", *ordered]
+    return "_".join(ordered)
 
 
 def parse_seeds(cfg):
@@ -151,7 +157,8 @@ def parse_seeds(cfg):
         return (PAPER_SEEDS + others)[: cfg.n_seeds]
     words = cfg.seeds.split(",")
     seeds = [int(word) for word in words if word.isdecimal()]
-    usable = {seed for seed in seeds if seed < 2**32}  # stream() takes no larger ones
+    # In a set, a seed given twice counts once. stream() takes no seed of 2**32 or more.
+    usable = {seed for seed in seeds if seed < 2**32}
     if len(usable) < len(words):
         fail(f"--seeds={cfg.seeds}: give different whole numbers below 2**32, separated by commas")
     return seeds
@@ -171,14 +178,17 @@ def check_values(cfg):
 
 def check_effects(cfg, given, methods):
     """Refuse settings and words that would change nothing."""
-    users = {kind_of(cfg.dataset), *words_of(methods), "init_from" if cfg.init_from else ""}
+    users = {kind_of(cfg.dataset), *words_of(methods)}
+    if cfg.init_from:
+        users.add("init_from")
     for s in SETTINGS:
         if s.name in given and s.user and s.user not in users:
-            fail(f"--{s.name} affects {s.user} only, not --dataset={cfg.dataset} with "
+            fail(f"--{s.name} affects {s.user} only, and there is none in --dataset={cfg.dataset} "
                  f"--method={','.join(methods)}: leave it out, or check the names")
     if "seeds" in given and "n_seeds" in given:
         fail("--seeds says which seeds, --n_seeds how many: give one of them")
-    for method in methods:  # a batch of 7, for example, has a single stratum
+    for method in methods:
+        # StraTS cuts (0,1] into strata. For a batch of 7, for example, there is only one.
         words = mdm.parse_method(method)
         if "strats" in words and mdm.n_strata(cfg.batch_size * mdm.work(words).batch) == 1:
             fail(f"{method}: --batch_size={cfg.batch_size} has no strata: choose 4, 9 or 64, say")
@@ -200,7 +210,6 @@ def load_data(cfg, methods):
             data.rare = data.encode(cfg.isad_tokens)
     except ValueError as e:
         fail(e)
-    # Two methods need certain tokens.
     words = words_of(methods)
     if "isad" in words and not data.rare:
         fail(f"isad: {cfg.dataset} has no rare tokens of its own: name some with --isad_tokens")
@@ -217,7 +226,7 @@ PURPOSES = ["init", "data", "rate", "mask", "pilot"]  # the order is part of the
 
 
 def stream(seed, purpose, part=0, device="cpu"):
-    """The random generator of this name. SeedSequence hashes its three numbers. Each must be below
+    """The random generator of this name. SeedSequence hashes the three numbers. Each must be below
     2**32: a larger one would count as two, and two names could be the same."""
     name = [seed, PURPOSES.index(purpose), part]
     key = np.random.SeedSequence(name).generate_state(1, np.uint64)[0]
@@ -225,9 +234,9 @@ def stream(seed, purpose, part=0, device="cpu"):
 
 
 def epochs(seed, first, count, n_train, device):
-    """A seed goes through all problems in one random order after another. Returns the problems at
-    the places first ... first + count - 1 of this endless list, (count,). A batch may hold the end
-    of one epoch and the beginning of the next, so no problem is left out."""
+    """The problems at the places first ... first + count - 1 of a seed's endless list, (count,). In
+    the list one epoch follows another: all problems, each time in another random order. A batch may
+    hold the end of an epoch and the beginning of the next, so no problem is left out."""
     first_epoch = first // n_train
     last_epoch = (first + count - 1) // n_train
     order = []
@@ -245,8 +254,8 @@ def random_numbers(words, seeds, first_step, B, n, n_train, in_epochs, device):
     u (S, B)       uniform in (0, 1]; the masking rate of a sequence follows from it
     r (S, B, n)    uniform in [0, 1), one for each token; it decides which tokens are hidden.
                    multi2 has two independent masks: (2, S, B, n)."""
-    # It is faster to draw the numbers of K steps at once: a chunk. Long sequences have a smaller K,
-    # which saves memory. K must not depend on the seeds, or a seed's numbers would, too.
+    # It is faster to draw the numbers of K steps at once, a chunk. For long sequences K is smaller,
+    # which saves memory. K must not depend on the other seeds, or a seed's numbers would, too.
     K = max(1, min(64, 2**20 // (B * n)))
     r_shape = (2, B, n) if "multi2" in words else (B, n)
     for chunk in itertools.count(first_step // K):
@@ -286,7 +295,7 @@ def build(cfg, method, seeds, data, device):
     """The model, with a row of parameters for each seed, and the positions (n,) to predict."""
     config = model_config(cfg, method, data)
     model = mdm.GPT(config, [stream(seed, "init") for seed in seeds])
-    pos = list(range(data.prompt_len, config.block_size))  # the response
+    pos = list(range(data.prompt_len, data.test.shape[1]))  # the response
     if "syrm" in mdm.parse_method(method):  # SyRM also hides the prompt's symbols
         pos = [*data.structural, *pos]
     return model.to(device), torch.tensor(pos, device=device)
@@ -306,7 +315,7 @@ def sequence_loss(model, words, x0, pos, u, r, table, rare, eps):
         return mdm.token_nll(model, x0, pos).mean(-1)
     is_rare = torch.isin(x0[..., pos], rare) if "isad" in words else None  # (S, B, n)
     masking = words & mdm.MASKING.keys()  # the other words, such as batch2, change train() itself
-    mask, weight = mdm.draw_masks(masking, u, r, table, eps, is_rare)
+    mask, weight = mdm.draw_masks(masking, u, r, table=table, eps=eps, is_rare=is_rare)
     return mdm.method_loss(model, x0, pos, mask, weight)
 
 
@@ -319,11 +328,11 @@ def new_state(seeds, steps, device):
         "done": False,
         "curve": [],  # a dictionary for each evaluation, with a number for each seed
         "diverged": torch.zeros(S, device=device),  # the step in which a seed diverged, or 0
-        "gradclip": torch.zeros(S, device=device),  # the number of steps with a clipped gradient
-        "table": torch.zeros(S, mdm.N_CELLS, device=device),  # P-POTS: how likely each rate is
+        "gradclip": torch.zeros(S, device=device),  # steps with a clipped gradient
+        "table": torch.zeros(S, mdm.N_CELLS, device=device),  # P-POTS: the chance of each rate
         "ema": torch.zeros(S, 10, device=device),  # EMA: the running mean loss of 10 bins of rates
-        "pilot": 0,  # P-POTS: masked sequences that pilots passed through the model
-        "seconds": 0.0,  # of training and evaluation
+        "pilot": 0,  # P-POTS: the sequences that went through the model in a seed's pilots
+        "seconds": 0.0,  # of all steps and the evaluations after them
         **runs.machine(device),
     }
 
@@ -334,8 +343,8 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
 
     state: one that was yielded; or {"model": the weights to start from}; or None, a new training.
 
-    A seed diverges when its loss or its gradient is not finite. From then on its gradient is 0.
-    Momentum still moves its weights. No other seed is affected."""
+    A seed diverges when its loss or its gradient is not finite. From then on its gradient is 0, and
+    only momentum and weight decay move its weights. No other seed is affected."""
     # The method.
     words = mdm.parse_method(method)
     work = mdm.work(words)  # in multiples of plain training's
@@ -344,7 +353,7 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
 
     # The model and the optimizer.
     model, pos = build(cfg, method, seeds, data, device)
-    params = list(model.parameters())  # each has a row for each seed
+    params = list(model.parameters())
     betas = (0.9, cfg.beta2)
     optimizer = torch.optim.AdamW(params, cfg.lr, betas, weight_decay=cfg.weight_decay, fused=True)
     loss_of = torch.compile(sequence_loss) if cfg.compile else sequence_loss
@@ -364,9 +373,11 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
     # The data, and the random numbers of each step.
     train_x = data.train_blocks(device)  # (n_train, T), all on the device
     rare = torch.tensor(data.rare, dtype=torch.int64, device=device)
+    n = len(pos)
     in_epochs = not data.is_text
-    numbers = random_numbers(words, seeds, first, B, len(pos), len(train_x), in_epochs, device)
-    refit_every, n_pilot = pilot_size(cfg, steps, B * work.masks, len(pos))  # for P-POTS
+    numbers = random_numbers(words, seeds, first, B, n, len(train_x), in_epochs, device)
+    refit_every, n_pilot = pilot_size(cfg, steps, B * work.masks, n)  # for P-POTS
+    pilot_sequences = n_pilot * min(n, mdm.N_COUNTS)  # each with several masks
 
     if not state["curve"]:  # the scores before training
         point = {"step": 0, "loss": [None] * len(seeds), **evaluate(model, data, quick=True)}
@@ -378,15 +389,16 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
         # P-POTS measures now and then which rates are noisy.
         if "ppots" in words and step % refit_every == 0:
             table = measure_table(cfg, seeds, model, train_x, pos, step, n_pilot)
-            state = state | {"pilot": state["pilot"] + n_pilot * min(len(pos), mdm.N_COUNTS)}
+            state = state | {"pilot": state["pilot"] + pilot_sequences}
 
         # The loss of each sequence, (S, B).
         optimizer.zero_grad()
-        idx, u, r = next(numbers)  # which sequences, at which rates, which masks
+        idx, u, r = next(numbers)  # the batch, its rates and its masks
         x0 = train_x[idx].long()  # (S, B, T)
         loss = loss_of(model, words, x0, pos, u, r, table, rare, cfg.eps)
         if "ema" in words:
-            loss, ema = mdm.ema_baseline(loss, u, ema)
+            rates = mdm.stratify(u) if "strats" in words else u
+            loss, ema = mdm.ema_baseline(loss, rates, ema)
 
         # The gradient. Seeds share no parameter. So row s of the gradient of the summed loss is
         # the gradient of seed s alone.
@@ -403,12 +415,13 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
         optimizer.step()
         loss_sum = loss_sum + loss.detach()
 
-        # The evaluation. The last one is thorough. With --until_nll any evaluation may be the last.
+        # The evaluation. It is quick, unless it is the last, or may be the last by --until_nll.
         steps_done = step + 1
         last = steps_done == steps
         if steps_done % cfg.eval_every != 0 and not last:
             continue
-        scores = evaluate(model, data, quick=not last and not cfg.until_nll)
+        thorough = last or cfg.until_nll > 0
+        scores = evaluate(model, data, quick=not thorough)
         mean_loss = loss_sum / (steps_done - state["step"])  # since the last evaluation
         point = {"step": steps_done, "loss": mean_loss.tolist(), **scores}
         low_enough = cfg.until_nll > 0 and np.mean(scores["nll"]) <= cfg.until_nll
@@ -427,7 +440,8 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
 
 
 def snapshot(state, model, optimizer, **changes):
-    """A new state with some changes. Weights are copied, because training changes the model."""
+    """A new state with some changes. Weights are copied, because training changes them in place.
+    It makes all other tensors anew."""
     return {
         **state,
         "model": copy.deepcopy(model.state_dict()),
@@ -498,9 +512,10 @@ def evaluate(model, data, quick=False):
 
 def rows_at_once(model, n):
     """How many sequences of n response tokens an evaluation can take at once. The largest array of
-    a forward pass, the logits or one in a block, may have 2**24 numbers: 64 MB in float32."""
+    a forward pass is the logits, or the middle of an MLP. It may have 2**24 numbers, some 64 MB."""
     S = len(model.wte)
-    per_token = max(model.config.vocab_size, 16 * model.config.n_embd)
+    # An MLP is 4 n_embd wide, and our tasks have up to 4 tokens for each response token.
+    per_token = max(model.config.vocab_size, 4 * 4 * model.config.n_embd)
     return max(1, 2**24 // (BOUND_MASKS * S * n * per_token))
 
 
@@ -511,39 +526,37 @@ def accuracy(model, data, n_problems=None):
     S = len(model.wte)
     pos = torch.arange(data.prompt_len, data.test.shape[1], device=device)
     right = []
-    for answer in data.test[:n_problems].to(device).split(rows_at_once(model, len(pos))):
-        question = answer.clone()
-        question[:, pos] = model.config.vocab_size  # the mask token: the whole response is hidden
-        for x in mdm.generate(model, question.expand(S, -1, -1), pos):
+    for x0 in data.test[:n_problems].to(device).split(rows_at_once(model, len(pos))):
+        xt = x0.clone()
+        xt[:, pos] = model.config.vocab_size  # the mask token: the whole response is hidden
+        for x in mdm.generate(model, xt.expand(S, -1, -1), pos):
             pass  # only the last x is complete
-        right.append((x == answer).all(-1))  # (S, rows)
+        right.append((x == x0).all(-1))  # (S, rows)
     return torch.cat(right, 1).float().mean(1)
 
 
 @torch.no_grad()
 def bound(model, data, n_sequences):
     """The nll per response token of each sequence, (S, n_sequences). An ARM's is exact. An MDM's is
-    an upper bound, equation (2) of mdm.py, estimated with 8 masks of each sequence. The first mask
-    hides up to n/8 tokens, the second n/8 to 2n/8, and so on."""
+    an upper bound, equation (2) of mdm.py, estimated with 8 masks of each sequence. They hide few
+    tokens, then more and more: the numbers u behind them lie in (0, 1/8], (1/8, 2/8], and so on."""
     device = model.wte.device
     S = len(model.wte)
     pos = torch.arange(data.prompt_len, data.test.shape[1], device=device)
     n_sequences = min(n_sequences, len(data.test))
     spread = torch.linspace(0, len(data.test) - 1, n_sequences).round().long()  # from all places
-    x0 = data.test[spread].to(device)
+    x0 = data.test[spread].to(device).expand(S, -1, -1)
 
     generator = torch.Generator().manual_seed(0)  # on the CPU: the same masks for all models
-    u = 1 - torch.rand(BOUND_MASKS, n_sequences, generator=generator)
-    u = (torch.arange(BOUND_MASKS)[:, None] + u) / BOUND_MASKS  # mask i: in the i-th eighth
+    part = 1 - torch.rand(BOUND_MASKS, n_sequences, generator=generator)
+    u = (torch.arange(BOUND_MASKS)[:, None] + part) / BOUND_MASKS
     r = torch.rand(*u.shape, len(pos), generator=generator)
-    mask, weight = mdm.draw_masks("exactk", u, r)  # (1, 8, n_sequences, n)
-    mask = mask.transpose(0, 1).to(device).expand(-1, S, -1, -1)  # (8, S, n_sequences, n)
-    weight = weight.transpose(0, 1).to(device).expand(-1, S, -1, -1)
+    drawn = mdm.draw_masks("exactk", u, r)  # mask and weight, both (1, 8, n_sequences, n)
+    mask, weight = (z.transpose(0, 1).to(device).expand(-1, S, -1, -1) for z in drawn)
 
     rows = rows_at_once(model, len(pos))
     nll = []
-    for x, m, w in zip(x0.split(rows), mask.split(rows, 2), weight.split(rows, 2)):
-        x = x.expand(S, -1, -1)
+    for x, m, w in zip(x0.split(rows, 1), mask.split(rows, 2), weight.split(rows, 2)):
         if model.config.causal:
             nll.append(mdm.token_nll(model, x, pos).mean(-1))  # by the chain rule
         else:
@@ -600,22 +613,13 @@ def load_start(cfg, method, data):
         fail(f"--init_from={cfg.init_from}: its {base} is unfinished: --resume it first")
     name = f"{runs.stem(theirs['dataset'])}-{theirs['seed']}"
     weights_id = runs.fingerprint(*theirs["weights"].values())
-    # Two trainings may have the same name. Runs from both must not mix. (An ARM and an MDM may.)
+    # The name tells only the data and the seed, so another start may have the same. In one folder a
+    # name must not mean two starts, unless one is an ARM and the other an MDM.
     for line in runs.read_results(cfg.out_dir):
         same_base = line["method"].startswith("arm") == (base == "arm")
         if line["start"] == name and same_base and line["start_weights"] != weights_id:
             fail(f"{cfg.out_dir} has runs that start from another {name}: take another --out_dir")
     return {"name": name, "fingerprint": weights_id, "weights": theirs["weights"]}
-
-
-def first_state(cfg, seeds, path, start):
-    """The state to hand to train(): from a checkpoint (--resume), from --init_from, or none."""
-    if cfg.resume and os.path.exists(path):
-        return runs.load_checkpoint(path)["state"]
-    if not start:
-        return {}
-    weights = start["weights"].items()  # of one seed: all seeds begin there
-    return {"model": {name: w.repeat_interleave(len(seeds), 0) for name, w in weights}}
 
 
 def save(cfg, method, seeds, data, state, path):
@@ -628,7 +632,7 @@ def save(cfg, method, seeds, data, state, path):
 
 
 def of_seed(point, s):
-    """Seed s's numbers of an evaluation. Its step is the same for all seeds."""
+    """Seed s's numbers of an evaluation. The step is the same for all seeds."""
     return {name: value if name == "step" else value[s] for name, value in point.items()}
 
 
@@ -636,7 +640,7 @@ def result_lines(cfg, method, seeds, data, state, start):
     """A line for each seed, for results.jsonl."""
     work = mdm.work(mdm.parse_method(method))
     B = cfg.batch_size * work.batch
-    passed = state["step"] * B * work.masks + state["pilot"]  # sequences, through the model
+    n_passed = state["step"] * B * work.masks + state["pilot"]  # sequences, through the model
     n_params = sum(weights[0].numel() for weights in state["model"].values())  # of one seed
     lines = []
     for s, seed in enumerate(seeds):
@@ -648,7 +652,7 @@ def result_lines(cfg, method, seeds, data, state, start):
             "batch_size": B, "steps": state["steps"], **scores,
             "diverged": int(state["diverged"][s]) or None,  # None: it did not
             "gradclip": state["gradclip"][s].item() / max(1, state["step"]),  # a share of the steps
-            "n_params": n_params, "forward_tokens": passed * data.test.shape[1],
+            "n_params": n_params, "forward_tokens": n_passed * data.test.shape[1],
             "seconds": round(state["seconds"], 2), "seeds_trained_together": len(seeds),
             "processor": state["processor"], "threads": state["threads"],
             "torch": state["torch"], "commit": state["commit"], "curve": curve,
@@ -676,8 +680,7 @@ def pick_device(name):
 def main(argv=None):
     cfg, methods, seeds = parse_args(argv)
     if cfg.report:  # train nothing
-        newest = runs.newest_folder() or "out"
-        out_dir = cfg.out_dir or newest
+        out_dir = cfg.out_dir or runs.newest_folder() or "out"
         try:
             return report.main(out_dir.split(","), cfg.baseline)
         except ValueError as e:
@@ -722,10 +725,15 @@ def compare(cfg, methods, seeds, data, device):
 
 
 def train_and_save(cfg, method, seeds, data, device, start):
-    """Train one method, unless its checkpoint is complete. Returns its result lines."""
+    """Train one method. Returns its result lines. With --resume a finished one is only read."""
     path = runs.checkpoint_path(cfg.out_dir, label(cfg, method), start, seeds)
+    state = {}
+    if start:  # all seeds begin at the weights of one
+        weights = start["weights"].items()
+        state = {"model": {name: w.repeat_interleave(len(seeds), 0) for name, w in weights}}
     with runs.lock(path):  # only one program at a time trains it
-        state = first_state(cfg, seeds, path, start)
+        if cfg.resume and os.path.exists(path):
+            state = runs.load_checkpoint(path)["state"]
         if not state.get("done"):
             for state in train(cfg, method, seeds, data, device, state):
                 save(cfg, method, seeds, data, state, path)
@@ -742,7 +750,7 @@ def progress(method, state):
     for name, values in state["curve"][-1].items():
         if name in ("loss", "accuracy", "nll") and values[0] is not None:
             line += f"  {name} " + " ".join(f"{value:.2f}" for value in values[:4])
-    if state["step"]:
+    if state["step"] and not state["done"]:
         left = state["seconds"] * (state["steps"] - state["step"]) / state["step"]
         line += f"  ETA {int(left) // 60}:{int(left) % 60:02}"
     return line

@@ -190,7 +190,7 @@ def computed(cfg, data, method, device):
     counts, H = mdm.pilot(model, x0, pos, pilot_r)
     table = mdm.ppots_table(counts, H, n, fit="grid")
     masking = words & mdm.MASKING.keys()
-    draws = mdm.draw_masks(masking, u, r, table, is_rare=is_rare, response=response)
+    draws = mdm.draw_masks(masking, u, r, table=table, is_rare=is_rare, response=response)
     states = mdm.generate(model, x0.index_fill(-1, pos, model.config.vocab_size), pos)
     loss = train.sequence_loss(model, words, x0, pos, u, r, table, rare, cfg.eps)
     if "ema" in words:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import mdm
+import train
 from data import arith
 
 UNBIASED = """mdm mirror multi2 exactk exactk_mirror exactk_multi2 sqrtk sqrtk_mirror ppots
@@ -117,7 +118,8 @@ def draw(method, u, r, response=None, table=TABLE):
     """draw_masks with all it could need. The first token of a response is ISAD's rare one."""
     inside = torch.ones(r.shape[-1]) if response is None else response
     is_rare = (inside.cumsum(-1) * inside == 1).expand(*u.shape, -1)
-    return mdm.draw_masks(method, u, r, table.to(u), EPS, is_rare, response)
+    return mdm.draw_masks(method, u, r, table=table.to(u), eps=EPS,
+                          is_rare=is_rare, response=response)
 
 
 def mask_index(mask):
@@ -280,7 +282,7 @@ def test_variance_of_the_plain_loss_grows_like_log_eps(toy):
 
 @pytest.mark.parametrize("n", [4, 13, 64])
 def test_the_law_has_its_closed_forms(n):
-    """cost_in_arms, which calls the sampler, against mdm.py's table; for P-POTS, any density."""
+    """noise_in_arms, which calls the sampler, against mdm.py's table; for P-POTS, any density."""
     k = torch.arange(1, n + 1).double()
     log = math.log(1 / mdm.EPS)
     sqrt_t = (torch.arange(64 * mdm.N_CELLS).double() + 0.5) / (64 * mdm.N_CELLS)
@@ -298,7 +300,7 @@ def test_the_law_has_its_closed_forms(n):
         "ppots_exactk": (1 / (n * k * count_law("ppots_exactk", n))).sum(),
     }
     for method, value in wanted.items():
-        assert mdm.cost_in_arms(method, n, TABLE) == pytest.approx(float(value), rel=0.005), method
+        assert mdm.noise_in_arms(method, n, TABLE) == pytest.approx(float(value), rel=0.005), method
 
 
 def test_the_law_predicts_the_gradients_variance():
@@ -321,7 +323,7 @@ def test_the_law_predicts_the_gradients_variance():
     K = mdm.grams(model, data.test[:64], pos)
     plain = mdm.exact_variance("mdm", K, 4)["total"]
     for method in ("clipped", "exactk", "sqrtk", "mirror", "multi2", "exactk_mirror"):
-        law = mdm.cost_in_arms(method, 4) / mdm.cost_in_arms("mdm", 4)
+        law = mdm.noise_in_arms(method, 4) / mdm.noise_in_arms("mdm", 4)
         assert mdm.exact_variance(method, K, 4)["total"] / plain == pytest.approx(law, rel=0.1)
 
 
@@ -493,10 +495,10 @@ def test_names_of_methods():
                 mdm.parse_method("_".join(pair))
         else:
             assert mdm.parse_method("_".join(pair)) == words
-            assert mdm.parse_method(mdm.method_name(words)) == words
+            assert mdm.parse_method(train.method_name(words)) == words
     for name in ("mdm", "mdm_batch2", "arm", "arm_steps2", "ema", "ppots_exactk_strats_mirror"):
         words = mdm.parse_method(name)
-        assert mdm.method_name(words) == name == mdm.method_name(sorted(words)[::-1])
+        assert train.method_name(words) == name == train.method_name(sorted(words)[::-1])
     assert mdm.parse_method(" PPOSTS_Mirror ") == {"ppots", "mirror"}
     masks_batch_steps_passes = {
         "exactk": (1, 1, 1, 1), "mirror": (2, 1, 1, 2), "multi2": (2, 1, 1, 2),

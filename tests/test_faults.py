@@ -169,7 +169,7 @@ def test_the_variance_of_the_gradient(common, monkeypatch):
             exact = mdm.exact_variance(method, mdm.grams(model, data.test[:6], pos), 3, eps=0.01)
             assert rows[method][at] == pytest.approx(exact["total"], rel=1e-5)
             assert rows[method][f"{at}_A"] == pytest.approx(exact["A"], rel=1e-5)
-    assert rows["mdm"]["law"] == pytest.approx(mdm.cost_in_arms("mdm", len(pos), eps=0.01))
+    assert rows["mdm"]["law"] == pytest.approx(mdm.noise_in_arms("mdm", len(pos), eps=0.01))
 
 
 # ---- One folder is one comparison

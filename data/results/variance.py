@@ -33,7 +33,9 @@ def draw_rare_masks(words, n, generator, table, eps):
         token = torch.randint(n, (16, 1), generator=generator)
         r[0] = r[0].scatter(1, token, p[:, None] * r[0].gather(1, token))
         often = often * (r[0] < p[:, None]).sum(-1) / (n * p)
-    mask, weight = mdm.draw_masks(words, u, r if "multi2" in words else r[0], table, eps)
+    if "multi2" not in words:
+        r = r[0]
+    mask, weight = mdm.draw_masks(words, u, r, table=table, eps=eps)
     return mask, weight, often
 
 
@@ -73,7 +75,7 @@ def measured(cfg, words, model, data, pos, seed, at):
         r = torch.rand(1, len(x0), min(n, mdm.N_COUNTS), n, generator=draw).to(pos.device)
         counts, H = mdm.pilot(model, x0[None], pos, r)
         table = mdm.ppots_table(counts, H.cpu(), n, cfg.ppots_fit, cfg.eps)[0]
-    law = 1.0 if "arm" in words else mdm.cost_in_arms(words, n, table, cfg.eps)
+    law = 1.0 if "arm" in words else mdm.noise_in_arms(words, n, table, cfg.eps)
     row = {"n": n, "law": law, f"{at}_law": law}  # of ppots the law depends on the model
     if n <= EXACT_MAX_N:
         parts = mdm.exact_variance(words, mdm.grams(model, x0, pos), n, table, cfg.eps)
