@@ -24,6 +24,7 @@ import os
 import shlex
 import sys
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -592,9 +593,9 @@ def default_folder(cfg):
     """out/DATASET_CHANGES, for example out/mul2_steps1500 for --dataset=mul2 --steps=1500."""
     changes = changed(cfg, shared_settings(cfg))
     changes.pop("dataset", None)  # it comes first, without its path
-    parts = [runs.stem(cfg.dataset), *(f"{name}{value}" for name, value in changes.items())]
+    parts = [Path(cfg.dataset).stem, *(f"{name}{value}" for name, value in changes.items())]
     if cfg.init_from:
-        parts.append("from_" + runs.stem(cfg.init_from))
+        parts.append("from_" + Path(cfg.init_from).name)
     return os.path.join("out", "_".join(parts))
 
 
@@ -611,7 +612,7 @@ def load_start(cfg, method, data):
         fail(f"{cfg.init_from} was trained on other tokens than those of {cfg.dataset}")
     if not theirs["state"]["done"]:
         fail(f"--init_from={cfg.init_from}: its {base} is unfinished: --resume it first")
-    name = f"{runs.stem(theirs['dataset'])}-{theirs['seed']}"
+    name = f"{Path(theirs['dataset']).stem}-{theirs['seed']}"
     weights_id = runs.fingerprint(*theirs["weights"].values())
     # The name tells only the data and the seed, so another start may have the same. In one folder a
     # name must not mean two starts, unless one is an ARM and the other an MDM.

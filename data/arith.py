@@ -6,7 +6,7 @@
     mix3            007+042=0049             add3 with 1, 2 or 3 digits, for pretraining
 
 The prompt ends with the first `=`. The rest is the response. Only the response is masked, generated
-and scored. All runs have the same problems, and no test problem is used for training. (But 86*47
+and scored. Every run draws the same problems, and no test problem is used for training. (But 86*47
 may be used for training when 47*86 is a test. This is common in mul2 and rare in add3.)
 
 A task of your own is a function from a number i to problem i. All its problems have the same
@@ -74,8 +74,8 @@ def draw(name):
 
     n_digits = rng.integers(1, 4, (25_000, 1))
     pairs = rng.integers(0, 10**n_digits, (25_000, 2))
-    texts = [add(3, 1000 * a + b) for a, b in pairs]
-    # Short problems come up often. A checksum sends all copies of one to the same list.
+    texts = [add(3, 1000 * a + b) for a, b in pairs]  # add splits the number again
+    # Short problems come up more than once. A checksum sends all copies to the same list.
     test = [text for text in texts if zlib.crc32(text.encode()) % 8 == 0]
     # After mix3 a model may be trained on add3, so mix3 must not show the tests of add3 either.
     held_out = {*test, *draw("add3")[1]}
@@ -105,6 +105,9 @@ def make(name, n_train=0, n_test=512):
 
 
 if __name__ == "__main__":
-    data = make(sys.argv[1] if len(sys.argv) > 1 else "add3")
+    name = sys.argv[1] if len(sys.argv) > 1 else "add3"
+    if name not in DATASETS:
+        runs.fail(f"{name} is no data set here: choose one of {', '.join(DATASETS)}")
+    data = make(name)
     for row in data.train[:5]:
         print(data.decode(row))

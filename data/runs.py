@@ -5,12 +5,12 @@ the seed and the pretrained start. All other settings are the same for all runs:
 
     OUT_DIR/settings.json              the settings that all runs of this folder share
     OUT_DIR/results.jsonl              a line for each method, start and seed
-    OUT_DIR/METHOD/ckpt_SEEDxN-*.pt    the checkpoint of N seeds trained together, the first is SEED
+    OUT_DIR/METHOD/ckpt_SEEDxN-*.pt    the checkpoint of N seeds, SEED first; * stands for them all
     OUT_DIR/METHOD/ckpt_START_SEEDxN-*.pt    the same for a model fine-tuned from START
 """
 import contextlib
-import glob
 import hashlib
+import io
 import json
 import os
 import platform
@@ -31,11 +31,6 @@ def fail(message):
     sys.exit(2)
 
 
-def stem(path):
-    """The name of a file or folder, without its path and its ending: a/b.txt -> b."""
-    return os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
-
-
 def fingerprint(*parts):
     """8 hex digits that stand for the content of tensors, arrays, lists or text."""
     content = hashlib.sha256()
@@ -51,12 +46,12 @@ def machine(device):
     """Facts about the machine. They affect rounding, and so the results."""
     processor = platform.processor() or platform.machine()
     commit = ""
-    with contextlib.suppress(OSError):  # no Linux
+    with contextlib.suppress(OSError):  # not on Linux
         names = [x for x in Path("/proc/cpuinfo").open() if x.startswith("model name")]
         processor = names[0].split(":")[1].strip() if names else processor
     if device.startswith("cuda"):
         processor = torch.cuda.get_device_name(device)
-    with contextlib.suppress(OSError):  # no git
+    with contextlib.suppress(OSError):  # git is not installed
         git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     return {"processor": processor, "threads": torch.get_num_threads(),
@@ -72,34 +67,27 @@ def without_nan(lines):
 # Files. A file is written under a temporary name, then renamed, so a killed run damages no file.
 
 
-def write(path, save):
-    """Let save(name) write a file under a temporary name, and rename it to path at the end."""
+def write(path, content):
+    """Write bytes to a file."""
     temporary = f"{path}.tmp"
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        save(temporary)
+        Path(temporary).write_bytes(content)
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # a RuntimeError is torch's, when the disk is full
+    except OSError as e:
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        why = getattr(e, "strerror", None) or "is the disk full?"
-        fail(f"cannot write {path}: {why}")
+        fail(f"cannot write {path}: {e.strerror}")
 
 
 def write_lines(path, lines):
     """Write a file with a line of JSON for each dictionary."""
-
-    def save(name):
-        with open(name, "w", encoding="utf-8") as f:
-            f.writelines(json.dumps(line) + "\n" for line in lines)
-
-    write(path, save)
+    write(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def lock(path, timeout=0):
-    """For a with block: no other program can enter a block with the same path at the same time. It
-    waits up to timeout seconds and then fails. With -1 it waits for as long as it takes. The system
-    releases a lock even after kill -9."""
+    """For a with block: only one program at a time is in a block of this path. A second one waits
+    up to timeout seconds (-1: for ever), then it fails. After kill -9 the system frees the lock."""
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         return filelock.FileLock(f"{path}.lock").acquire(timeout)
@@ -127,7 +115,7 @@ def guarded(main):
         if not isinstance(e, BrokenPipeError):
             fail(e)
         return 1
-    except (RuntimeError, MemoryError) as e:  # a full memory is a RuntimeError on a CPU
+    except (RuntimeError, MemoryError) as e:  # torch raises the first one
         if "memory" not in repr(e).lower():
             raise
         fail("out of memory: lower --n_seeds, --batch_size, --n_embd, --n_layer or --block_size")
@@ -139,10 +127,8 @@ def guarded(main):
 
 def newest_folder(parent="out"):
     """The folder of the latest training in parent. None if there is none."""
-    found = glob.glob(os.path.join(parent, "*", "settings.json"))
-    if not found:
-        return None
-    return os.path.dirname(max(found, key=os.path.getmtime))
+    newest = max(Path(parent).glob("*/settings.json"), key=os.path.getmtime, default=None)
+    return newest and str(newest.parent)
 
 
 def read_settings(out_dir):
@@ -161,12 +147,12 @@ def join_folder(out_dir, settings):
     """Write the settings of a new folder. For an old one, refuse different settings."""
     with lock(os.path.join(out_dir, "settings.json"), -1):
         theirs = read_settings(out_dir)
-        if theirs is None and glob.glob(os.path.join(glob.escape(out_dir), "results*.jsonl")):
+        if theirs is None and list(Path(out_dir).glob("results*.jsonl")):
             fail(f"{out_dir} has results of an older version: take another --out_dir")
         theirs = theirs or settings  # a new folder takes ours
         for name, value in settings.items():
             old = theirs.get(name)
-            if old != value and name != "dataset":  # its fingerprint, "data", must be the same
+            if old != value and name != "dataset":  # the path may differ, its fingerprint may not
                 fail(f"the runs in {out_dir} have {name} {old}, not {value}: "
                      "take another --out_dir")
         # Even if unchanged: the date tells newest_folder() which folder was used last.
@@ -175,7 +161,7 @@ def join_folder(out_dir, settings):
 
 
 def run_of(line):
-    """What a run is known by."""
+    """The key of a run: no two runs of a folder share it."""
     return line["method"], line["start"], line["seed"]
 
 
@@ -217,7 +203,9 @@ def checkpoint_path(out_dir, method, start, seeds):
 
 
 def save_checkpoint(path, content):
-    write(path, lambda name: torch.save(content | {"version": VERSION}, name))
+    file = io.BytesIO()
+    torch.save(content | {"version": VERSION}, file)
+    write(path, file.getvalue())
 
 
 def load_checkpoint(path):
@@ -235,19 +223,15 @@ def load_checkpoint(path):
 
 
 def find_checkpoint(out_dir, method, seed=None):
-    """The newest checkpoint of a method with this seed. None means the smallest seed there is.
-    "weights" is added: this seed's parameters, each with a single row."""
-    folder = os.path.join(out_dir, method)
-    paths = glob.glob(os.path.join(glob.escape(folder), "ckpt*.pt"))
+    """The newest checkpoint of a method with this seed (None: the smallest there is). It also has
+    "weights", the parameters of this seed, each with a single row."""
     found = {}  # the newest checkpoint of each seed
-    for path in sorted(paths, key=os.path.getmtime):
+    for path in sorted(Path(out_dir, method).glob("ckpt*.pt"), key=os.path.getmtime):
         checkpoint = load_checkpoint(path)
-        for trained in checkpoint["seeds"]:
-            found[trained] = checkpoint
+        found |= dict.fromkeys(checkpoint["seeds"], checkpoint)
     if not found:
         fail(f"there is no checkpoint of {method} in {out_dir}: check --method and the path")
-    if seed is None:
-        seed = min(found)
+    seed = min(found) if seed is None else seed
     if seed not in found:
         fail(f"seed {seed} of {method} is not in {out_dir}; there are {sorted(found)}")
     checkpoint = found[seed]

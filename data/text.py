@@ -2,7 +2,7 @@
 
 The first 90 % of the text is for training, the rest for validation. A sequence is a window of
 block_size + 1 tokens. Its first token is the prompt, and the others are the response. So an ARM has
-nanoGPT's loss at the same block_size. An MDM gets the same question: how likely is the response?
+nanoGPT's loss at the same block_size, and an MDM is scored on the same responses.
 
 `python data/text.py FILE` shows the size and the beginning of a text. Without FILE it shows
 shakespeare_char: Tiny Shakespeare, nanoGPT's million characters, in the file shakespeare.txt.gz.
@@ -61,7 +61,7 @@ class Data:
     prompt_len: int
     structural: list  # for SyRM: the positions of symbols in the prompt
     rare: list  # for ISAD: the ids of rare tokens
-    fingerprint: str  # other data have another one
+    fingerprint: str  # changes with the data
 
     def __post_init__(self):
         self.encode = self.vocabulary.encode
@@ -118,9 +118,10 @@ def make(path, block_size, tokenizer="char"):
     train = ids[:n_train]
     validation = ids[n_train:]
     if len(validation) <= block_size:
-        raise ValueError(f"{path} is too short for --block_size={block_size}: {len(ids)} tokens")
+        raise ValueError(f"{path} has {len(ids)} tokens, too short for --block_size={block_size}: "
+                         f"it needs {10 * block_size + 1}")
 
-    # The last token of a block is the prompt of the next block. So each token is in one response.
+    # The last token of a block is the prompt of the next block. So no token is in two responses.
     blocks = validation.unfold(0, block_size + 1, block_size)
     # We use at most 512 blocks, from all over the text.
     chosen = torch.linspace(0, len(blocks) - 1, min(512, len(blocks))).round().long()
@@ -137,4 +138,7 @@ def make(path, block_size, tokenizer="char"):
 
 if __name__ == "__main__":
     path = sys.argv[1] if len(sys.argv) > 1 else "shakespeare_char"
-    print(make(path, block_size=64).describe())
+    try:
+        print(make(path, block_size=64).describe())
+    except ValueError as error:
+        runs.fail(error)

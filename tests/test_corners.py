@@ -279,16 +279,17 @@ def test_the_newer_line_wins(tmp_path):
     assert [line["nll"] for line in runs.read_results(tmp_path)] == [2.0]
 
 
-def test_a_failed_write_leaves_the_good_file(tmp_path):
+def test_a_failed_write_leaves_the_good_file(tmp_path, monkeypatch):
     path = tmp_path / "a"
     path.write_text("good")
 
-    def save(name):
-        Path(name).write_text("half")
+    def write_half(file, content):
+        file.write_text("half")
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr(Path, "write_bytes", write_half)
     with pytest.raises(SystemExit):
-        runs.write(str(path), save)
+        runs.write(str(path), b"new")
     assert path.read_text() == "good" and not list(tmp_path.glob("*.tmp"))
 
 

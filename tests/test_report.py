@@ -58,12 +58,12 @@ def test_intervals():
              15: 2.131450, 200: 1.971896}  # fmt: skip
     for df, t in known.items():
         sample = np.arange(df + 1.0)
-        mean, low, high = report.interval(sample)
+        mean, low, high = report.t_test(sample)[0]
         error = np.std(sample, ddof=1) / (df + 1) ** 0.5
         assert mean == df / 2
         assert ((high - mean) / error, (mean - low) / error) == pytest.approx((t, t), rel=1e-6)
-    assert np.isnan(report.interval(np.array([1.0]))[1])
-    assert np.isnan(report.interval(np.array([]))).all()
+    assert np.isnan(report.t_test(np.array([1.0]))[0][1])
+    assert np.isnan(report.t_test(np.array([]))[0]).all()
     # Wilson's, of 16 in 32: 16 -+ 1.96 * sqrt(8 + .96) / (1 + 3.84 / 32) = 16 -+ 5.24.
     assert report.solved(np.repeat([0.9, 0.899], 16)) == "16 [11, 21] of 32"
     assert report.solved(np.full(32, 0.1)) == "0 [0, 3] of 32"
@@ -197,7 +197,7 @@ def test_a_diverged_seed_is_the_worst():
     lines = text_only(lines)
     difference, _, n, p = report.compare(SETTINGS, lines, ours, "mdm")
     assert (difference, n, p) == ((0, 0, 0), 3, 1)
-    assert report.interval(np.array([1.0, math.inf]))[0] == math.inf
+    assert report.t_test(np.array([1.0, math.inf]))[0][0] == math.inf
     text = report.table(SETTINGS, lines, "mdm")
     assert "inf" in text
     assert "nan" not in text + report.verdict(SETTINGS, lines[1:4])
@@ -300,7 +300,7 @@ def test_every_run_is_in_the_figures():
     lines = shuffled(mdm=MDM)
     (ax,) = drawn(figures.seeds(lines))
     assert sorted(ax.collections[0].get_offsets()[:, 0]) == [0.1, 0.2, 0.6]
-    low, high = report.interval(np.array([0.2, 0.6, 0.1]))[1:]
+    low, high = report.t_test(np.array([0.2, 0.6, 0.1]))[0][1:]
     assert ax.lines[0].get_xdata() == pytest.approx([low, high])
     two = [line("two", passes=2), line("one", passes=1)]
     names = drawn(figures.seeds(two))[0].get_yticklabels()
@@ -310,7 +310,7 @@ def test_every_run_is_in_the_figures():
     assert len(axes) == 8
     ends = [x.get_ydata()[-1] for x in axes[0].lines]
     assert ends[:3] == [line["accuracy"] for line in lines] and math.isnan(ends[3])
-    axes = drawn(figures.noise(shuffled(sqrtk=ARM, mdm=MDM), ("mdm", "sqrtk")))
+    axes = drawn(figures.curves(shuffled(sqrtk=ARM, mdm=MDM), ["mdm", "sqrtk"]))
     assert [ax.get_title() for ax in axes[:2]] == ["plain masked diffusion", "sqrtk (ours)"]
     assert [len(ax.lines) for ax in axes[:2]] == [3, 3]
 
@@ -319,7 +319,7 @@ def test_the_animation_grows_and_stays(tmp_path):
     pytest.importorskip("matplotlib")
     image = pytest.importorskip("PIL.Image")
     longer = line("mdm", 4, curve=[{"step": 0, "accuracy": 0.0}, {"step": 40, "accuracy": 1.0}])
-    figure = figures.noise([*shuffled(mdm=MDM), longer], ("mdm",))
+    figure = figures.curves([*shuffled(mdm=MDM), longer], ["mdm"])
     before = [x.get_xydata() for x in figure.axes[0].lines]
     figures.animate(figure, tmp_path / "a.gif")
     after = [x.get_xydata() for x in figure.axes[0].lines]

@@ -1,4 +1,4 @@
-"""The pictures of --report and of the pages. `python -m data.results.figures` draws the latter."""
+"""The pictures of --report, and those of the pages, drawn by `python -m data.results.figures`."""
 import json
 from pathlib import Path
 
@@ -16,32 +16,18 @@ except ImportError:
     Figure = None
 
 HERE = Path(__file__).resolve().parent
-BLUE = "#0072B2"  # The colour-blind can tell all colours of this file from each other.
+BLUE = "#0072B2"  # all colors here are distinct for the color-blind, too
 ORANGE = "#D55E00"
 FAMILIES = {"mirror": ORANGE, "clipped": "#CC79A7", "sqrtk": "#56B4E9", "exactk": BLUE,
             "ppots": "#009E73", "multi2": "#E69F00", "mdm": "black"}  # fmt: skip
-TITLES = {"arm": "autoregressive", "mdm": "plain masked diffusion",
-          "ppots_mirror": "P-POTS + MIRROR", "sqrtk": "sqrtk (ours)"}  # fmt: skip
+TITLES = {"arm": "autoregressive", "mdm": "plain masked diffusion", "sqrtk": "sqrtk (ours)",
+          "ppots_mirror": "P-POTS + MIRROR"}  # fmt: skip
 STYLE = {"font.size": 10, "axes.titlesize": 10, "axes.spines.top": False,
          "axes.spines.right": False, "figure.constrained_layout.use": True}  # fmt: skip
 
 
-def write(folders):
-    """--report: draw seeds.png and curves.png into each folder, and return a line that says where,
-    or why not. folders: [(out_dir, settings, results), ...]"""
-    if Figure is None:
-        return "no figures: they need matplotlib (pip install matplotlib)"
-    paths = []
-    with rc_context(STYLE):
-        for out_dir, _, results in folders:
-            for draw in (seeds, curves):
-                paths.append(str(Path(out_dir) / f"{draw.__name__}.png"))
-                draw(results).savefig(paths[-1], dpi=130)
-    return "figures: " + ", ".join(paths)
-
-
 def colors(results):
-    """The color of each method in results: blue for one pass a step, orange for two."""
+    """The color of each method in results: blue for one pass a step, orange for more."""
     return {line["method"]: BLUE if line["passes"] == 1 else ORANGE for line in results}
 
 
@@ -49,7 +35,7 @@ def seeds(results):
     """Every run's final score by method, with the mean and its 95 % interval."""
     key = report.score(results)
     color = colors(results)
-    order = sorted(color, key=lambda method: color[method] == ORANGE)[::-1]  # from the bottom
+    order = sorted(color, key=lambda method: color[method] == ORANGE)[::-1]  # 0 is at the bottom
     figure = Figure(figsize=(8, 0.32 * len(order) + 1.2))
     ax = figure.subplots()
     rng = np.random.default_rng(0)
@@ -57,19 +43,19 @@ def seeds(results):
         y = order.index(method)
         jitter = y + rng.uniform(-0.25, 0.25, x.size)
         ax.scatter(x.ravel(), jitter, s=14, color=color[method], alpha=0.6, lw=0)
-        mean, low, high = report.interval(report.units(x))
+        mean, low, high = report.t_test(report.units(x))[0]
         ax.plot([low, high], [y, y], color="black", lw=1.5)
         ax.plot(mean, y, "D", color="white", mec="black", ms=5)
     ax.set_yticks(range(len(order)), order)
-    ax.set_xlabel(f"final {key} of all runs, mean and interval (blue: one pass; orange: two)")
+    ax.set_xlabel(f"final {key} of all runs, mean and interval (blue: one pass; orange: more)")
     return figure
 
 
-def curves(results):
-    """The score by step: a panel for each method (8 at most), a thin line for each run."""
+def curves(results, methods=None):
+    """The score by step: a panel for each method (else for the first 8), a thin line for a run."""
     key = report.score(results)
     color = colors(results)
-    methods = list(color)[:8]
+    methods = methods or list(color)[:8]
     n_rows = (len(methods) + 3) // 4
     figure = Figure(figsize=(8, 1.9 * n_rows + 0.5))
     panels = figure.subplots(n_rows, 4, sharex=True, sharey=True, squeeze=False).ravel()
@@ -87,14 +73,22 @@ def curves(results):
     return figure
 
 
-def noise(results, methods=("arm", "mdm", "sqrtk", "ppots_mirror")):
-    """The learning curves of many runs, a panel for each method."""
-    lines = [line for method in methods for line in results if line["method"] == method]
-    return curves(lines)
+def write(folders):
+    """--report: draw seeds.png and curves.png into each folder, and return a line that says where,
+    or why not. folders: [(out_dir, settings, results), ...]"""
+    if Figure is None:
+        return "no figures: they need matplotlib (pip install matplotlib)"
+    paths = []
+    with rc_context(STYLE):
+        for out_dir, _, results in folders:
+            for draw in (seeds, curves):
+                paths.append(str(Path(out_dir) / f"{draw.__name__}.png"))
+                draw(results).savefig(paths[-1], dpi=130)
+    return "figures: " + ", ".join(paths)
 
 
 def animate(figure, path):
-    """Let the lines of a figure grow from left to right in 4 seconds, and stay for 2 seconds."""
+    """Let the lines of a figure grow from left to right for 40 frames, and stay for 20."""
     lines = [line for ax in figure.axes for line in ax.lines]
     whole = [line.get_data() for line in lines]
     for ax in figure.axes:
@@ -115,7 +109,7 @@ def compute(settings, results):
     color = colors(results)
     names = [name for name in color if name not in ("arm", "mdm") and "=" not in name]
     gain = {name: report.compare(settings, results, name, "mdm")[0] for name in names}
-    names.sort(key=lambda name: (color[name] == BLUE, gain[name]))  # from the bottom
+    names.sort(key=lambda name: (color[name] == BLUE, gain[name]))  # 0 is at the bottom
     figure = Figure(figsize=(8, 0.22 * len(names) + 0.9))
     ax = figure.subplots()
     for y, name in enumerate(names):
@@ -133,14 +127,14 @@ def compute(settings, results):
 
 
 def law(files):
-    """The law against the measured noise, in shares of plain's. files: rows of variance.jsonl."""
+    """The law against the measured noise, in shares of plain's. files: the rows of each file."""
     figure = Figure(figsize=(8, 3.9))
     panels = figure.subplots(1, 2, sharex=True, sharey=True)
     for ax, at, title in zip(panels, ["start", "end"], ["before training", "after training"]):
         ax.plot([0.1, 1.2], [0.1, 1.2], color="black", lw=0.8)
         for rows, marker in zip(sorted(files, key=lambda rows: rows[0]["n"]), "os^Dv<>P"):
             ax.plot([], [], marker, color="grey", label=f"{rows[0]['n']} tokens")
-            plain = {row["method"]: row for row in rows}["mdm"]
+            plain = rows[0]
             for row in rows:
                 if row["method"] != "arm":
                     words = mdm.parse_method(row["method"])
@@ -150,8 +144,8 @@ def law(files):
         for word, color in FAMILIES.items():
             ax.plot([], [], "_", color=color, label=word, mew=4)
         ax.set(xscale="log", yscale="log", aspect="equal", title=title, xlabel="noise by the law")
-        ax.set_xticks([0.1, 0.2, 0.5, 1], ["0.1", "0.2", "0.5", "1"])
-        ax.set_yticks([0.1, 0.2, 0.5, 1], ["0.1", "0.2", "0.5", "1"])
+    panels[0].set_xticks([0.1, 0.2, 0.5, 1], ["0.1", "0.2", "0.5", "1"])
+    panels[0].set_yticks([0.1, 0.2, 0.5, 1], ["0.1", "0.2", "0.5", "1"])
     panels[0].set_ylabel("measured noise (plain: 1)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
@@ -185,12 +179,14 @@ def example():
 def main():
     """Draw the pictures of the pages, from the lines beside this file."""
     fine_tuned = runs.read_results(HERE / "finetune")
-    measured = [path.read_text("utf-8") for path in sorted(HERE.glob("*/variance.jsonl"))]
+    measured = []
+    for path in sorted(HERE.glob("*/variance.jsonl")):
+        measured.append([json.loads(line) for line in path.open()])
     with rc_context(STYLE):
         pictures = {
-            "noise": noise(runs.read_results(HERE / "add3")),
+            "noise": curves(runs.read_results(HERE / "add3"), list(TITLES)),
             "compute": compute(runs.read_settings(HERE / "finetune"), fine_tuned),
-            "law": law([[json.loads(line) for line in text.splitlines()] for text in measured]),
+            "law": law(measured),
             "example": example(),
         }
         for name, figure in pictures.items():

@@ -9,14 +9,17 @@ import numpy as np
 
 from data import runs
 
-UNITS = {"accuracy": (100, 1, "points of accuracy"), "nll": (1, 3, "nats per token")}
-COMPARISONS = {  # the primary one and the family were named before the runs
+UNITS = {  # factor, decimal places, unit
+    "accuracy": (100, 1, "points of accuracy"),
+    "nll": (1, 3, "nats per token"),
+}
+COMPARISONS = {  # "primary" and "family" were named before the runs; Holm corrects the family
     ("ppots_mirror", "mdm"): "primary",
     ("ppots_mirror", "mdm_batch2"): "family",
     ("ppots_mirror", "mdm_steps2"): "family",
     ("sqrtk", "mdm"): "family",
     ("sqrtk", "clipped"): "family",
-    ("ppots_mirror", "multi2"): "exploratory",  # like all others
+    ("ppots_mirror", "multi2"): "exploratory",  # so are all pairs not listed
 }
 Z975 = 1.959964  # the 97.5 % quantile of the normal law
 
@@ -27,7 +30,7 @@ def score(results):
 
 
 def wide(results, key):
-    """Pivot results: (starts, seeds, {method: array (starts, seeds)}), nan where a run is missing.
+    """Results as arrays: (starts, seeds, {method: array (starts, seeds)}), nan for a missing run.
     A diverged seed and a null number are the worst: an accuracy of 0, or infinite nats."""
     starts = sorted({line["start"] for line in results})
     seeds = sorted({line["seed"] for line in results})
@@ -42,75 +45,70 @@ def wide(results, key):
 
 def units(x):
     """The sample (n,) in x (starts, seeds): the starts' means if there are several, else seeds."""
-    rows = x if len(x) > 1 else x.T  # a mean of one seed is that seed
+    rows = x if len(x) > 1 else x.T  # of one start, each seed is its own mean
     return np.array([row[~np.isnan(row)].mean() for row in rows if not np.isnan(row).all()])
 
 
+@np.errstate(divide="ignore", invalid="ignore")
 def spread(x):
     """(SD, degrees of freedom) in x (starts, seeds), about the starts' means; nan if undefined."""
-    rows = [row[~np.isnan(row)] for row in x if not np.isnan(row).all()]
-    df = sum(len(row) - 1 for row in rows)
-    if df < 1 or np.isinf(x).any():
-        return math.nan, df
-    return math.sqrt(sum(len(row) * row.var() for row in rows) / df), df
+    there = ~np.isnan(x)
+    means = x.sum(1, where=there, keepdims=True) / there.sum(1, keepdims=True)
+    df = there.sum() - there.any(1).sum()
+    return np.sqrt(((x - means) ** 2).sum(where=there) / df), df
 
 
-@np.errstate(divide="ignore", invalid="ignore")
+@np.errstate(invalid="ignore")
 def t_test(sample):
-    """Of a sample (n,): (mean, low, high) with the 95 % interval, and p, the chance of a mean this
-    far from 0 by luck alone. If nothing can be said, low and high are nan, and p is 1."""
+    """Student's t test of a sample (n,): its mean with the 95 % interval, (mean, low, high), and p,
+    the chance of a mean this far from 0 by luck alone. Without a result: low and high nan, p 1."""
     n = len(sample)
     mean = sample.sum() / n if n else math.nan
     if n < 2 or not np.isfinite(sample).all():
         return (mean, math.nan, math.nan), 1.0
-    # Student's law as a table. If t = sqrt(n - 1) tan(angle), the angle has a simple density.
+    # If luck alone decides, the angle with tan(angle) = mean / SD has the density cos^(n-2).
     angle = np.linspace(0, np.pi / 2, 20001)
-    density = np.cos(angle) ** (n - 2)
-    area = np.cumsum(density) - density / 2 - density[0] / 2  # by the trapezoidal rule
-    t = math.sqrt(n - 1) * np.tan(angle)
-    share = area / area[-1]  # the chance of a number between -t and t
-    error = sample.std(ddof=1) / math.sqrt(n)
-    half = np.interp(0.95, share, t) * error
-    p = 1 - np.interp(abs(mean) / error, t, share) if mean else 1.0
+    middle = (angle[1:] + angle[:-1]) / 2
+    area = np.append(0, np.cumsum(np.cos(middle) ** (n - 2)))
+    share = area / area[-1]  # the chance of a smaller angle, whatever its sign
+    sd = sample.std()
+    half = sd * math.tan(np.interp(0.95, share, angle))
+    p = 1 - np.interp(math.atan2(abs(mean), sd), angle, share)
     return (mean, mean - half, mean + half), max(p, 1e-9)  # the table has no more digits
-
-
-def interval(sample):
-    return t_test(sample)[0]
 
 
 def holm(p_values):
     """Holm's correction for m tests, {name: p}. The smallest p is multiplied by m, the next by
-    m - 1, and so on. No result is below an earlier one."""
-    adjusted = {}
-    largest = 0.0
-    for rank, name in enumerate(sorted(p_values, key=p_values.get)):
-        largest = max(largest, min(1.0, p_values[name] * (len(p_values) - rank)))
-        adjusted[name] = largest
-    return adjusted
+    m - 1, and so on. No result is below an earlier one, or above 1."""
+    names = sorted(p_values, key=p_values.get)
+    products = [p_values[name] * (len(names) - i) for i, name in enumerate(names)]
+    return dict(zip(names, np.maximum.accumulate(products).clip(max=1)))
 
 
 @np.errstate(divide="ignore", invalid="ignore")
 def compare(settings, results, method, other):
     """Method minus other, run by run: (difference, ratio of the SDs, size of the sample, p).
-    The difference is in points or nats. It and the ratio are (mean, low, high). The SDs are taken
-    on a scale without a ceiling: the logit of the accuracy, or the log of the nll."""
+    The difference, in points or nats, and the ratio are (value, low, high). The SDs are taken on a
+    scale without a ceiling: the logit of the accuracy, or the log of the nll."""
     key = score(results)
-    starts, seeds, columns = wide(results, key)
-    missing = np.full((len(starts), len(seeds)), np.nan)
+    columns = wide(results, key)[2]
+    missing = np.full_like(columns[results[0]["method"]], np.nan)
     pair = np.array([columns.get(name, missing) for name in (method, other)])
     minus = np.where(np.isinf(pair).all(0), 0.0, pair[0] - pair[1])  # both diverged: no difference
     sample = units(UNITS[key][0] * minus)
     difference, p = t_test(sample)
     if key == "accuracy":
-        right = pair * settings["n_test"] + 0.5  # half a problem from 0, and from all
-        pair = right / (settings["n_test"] + 1 - right)
-    (sd, df), (base, _) = [spread(np.where(np.isnan(minus), np.nan, np.log(x))) for x in pair]
+        right = pair * settings["n_test"] + 0.5  # so that the logit of 0, and of all, is finite
+        pair = right / (settings["n_test"] + 1 - right)  # the odds
+    log_pair = np.where(np.isnan(minus), np.nan, np.log(pair))
+    sd, df = spread(log_pair[0])
+    other_sd, _ = spread(log_pair[1])
     ratio = (math.nan, math.nan, math.nan)
-    if sd > 0 and base > 0:
-        # The log of an SD has a variance of nearly 1/(2 df) + 1/(2 df^2) + 1/(3 df^3).
+    if sd > 0 and other_sd > 0:
+        # The log of a normal sample's SD has the variance 1/(2 df) + 1/(2 df^2) + 1/(3 df^3).
+        # The log of a ratio of two SDs has twice that.
         factor = math.exp(Z975 * math.sqrt(1 / df + 1 / df**2 + 2 / (3 * df**3)))
-        ratio = (sd / base, sd / base / factor, sd / base * factor)
+        ratio = (sd / other_sd, sd / other_sd / factor, sd / other_sd * factor)
     return difference, ratio, len(sample), p
 
 
@@ -127,23 +125,25 @@ def solved(scores):
     count = int((scores >= 0.9).sum())
     centre = (count + Z975**2 / 2) / (1 + Z975**2 / n)
     half = Z975 * math.sqrt(count * (n - count) / n + Z975**2 / 4) / (1 + Z975**2 / n)
-    return f"{count} [{abs(centre - half):.0f}, {centre + half:.0f}] of {n}"
+    return f"{count} [{max(0, centre - half):.0f}, {centre + half:.0f}] of {n}"
 
 
 def aligned(rows):
-    """Rows, dictionaries with the same keys, as a table of text."""
-    widths = {head: max(len(head), *(len(row[head]) for row in rows)) for head in rows[0]}
-    texts = []
-    for row in [dict(zip(widths, widths)), *rows]:
-        first, *others = [cell.rjust(widths[head]) for head, cell in row.items()]
-        texts.append("  ".join([first.strip().ljust(len(first)), *others]))
-    return "\n".join(texts)
+    """Rows, dictionaries with the same keys, as text. The first column is at the left."""
+    columns = []
+    for head in rows[0]:
+        cells = [head, *(row[head] for row in rows)]
+        width = max(len(cell) for cell in cells)
+        side = ">" if columns else "<"
+        columns.append([f"{cell:{side}{width}}" for cell in cells])
+    return "\n".join("  ".join(line) for line in zip(*columns))
 
 
 LEGEND = """
 [ ]: 95 % interval, over the pretrainings if there are several, else the seeds. solved: runs with an
 accuracy of .9 or more. minus: in points of accuracy, or nats, of the same seeds. SD ratio: within a
-pretraining, of the logit of the accuracy, or the log of the nll. A diverged run is the worst."""
+pretraining, of the logit of the accuracy, or the log of the nll. The [ ] of solved and SD ratio are
+over all runs, as if none had a start in common with another. A diverged run is the worst."""
 READ_P = """
 n: pretrainings, or seeds if there is only one. p: of a paired t test. Holm: p, corrected for the
 four tests of the family. All other comparisons are exploratory.
@@ -162,7 +162,7 @@ def table(settings, results, baseline):
             row |= {f"seed {seed}": f"{y:.3f}".replace("nan", "-") for seed, y in zip(seeds, x[0])}
         elif key == "accuracy":
             row["solved"] = solved(x[~np.isnan(x)])
-        row[f"mean {key}"] = show(interval(units(x)))
+        row[f"mean {key}"] = show(t_test(units(x))[0])
         difference, ratio, _, _ = compare(settings, results, method, baseline)
         row[f"minus {baseline}"] = show(difference, UNITS[key][1], "+")
         row["SD ratio"] = show(ratio, 2)
@@ -179,15 +179,11 @@ def verdict(settings, results):
     _, places, unit = UNITS[score(results)]
     found = {pair: compare(settings, results, *pair) for pair in COMPARISONS}
     family = [pair for pair, role in COMPARISONS.items() if role == "family"]
-    adjusted = holm({pair: found[pair][3] for pair in family})
-    rows = []
-    for pair, (difference, _, n, p) in found.items():
-        row = {"comparison": " minus ".join(pair), "role": COMPARISONS[pair], "n": str(n)}
-        row[unit] = show(difference, places, "+")
-        row["p"] = f"{p:.2g}" if n > 1 else "-"
-        row["Holm"] = f"{adjusted[pair]:.2g}" if pair in adjusted else "-"
-        if n:
-            rows.append(row)
+    adjusted = holm({pair: found[pair][3] for pair in family})  # one without runs has p = 1
+    rows = [{"comparison": " minus ".join(pair), "role": COMPARISONS[pair], "n": str(n),
+             unit: show(difference, places, "+"), "p": f"{p:.2g}" if n > 1 else "-",
+             "Holm": f"{adjusted[pair]:.2g}" if pair in adjusted else "-"}
+            for pair, (difference, _, n, p) in found.items() if n]  # fmt: skip
     missing = {name for pair in COMPARISONS for name in pair} - {x["method"] for x in results}
     text = aligned(rows) + READ_P if rows else ""
     if missing:

@@ -21,14 +21,15 @@ def draw_rare_masks(words, n, generator, table, eps):
     if "arm" in words:
         return torch.ones(1, 16, n) > 0, torch.ones(1, 16, n), torch.ones(16)
     shift = max(eps, 1e-4)
-    span = math.log(1 + 1 / shift)  # half of the u come from a density ~ 1/(u + shift)
+    span = math.log(1 + 1 / shift)
     even = (torch.arange(1, 9) - torch.rand(2, 8, generator=generator)) / 8
-    near_0 = shift * torch.expm1(span * even[1])
+    near_0 = shift * torch.expm1(span * even[1])  # of density 1 / ((u + shift) * span)
     u = torch.cat([even[0], near_0]).clamp(max=1)
     often = 0.5 + 0.5 / ((u + shift) * span)
     r = torch.rand(2 if "multi2" in words else 1, 16, n, generator=generator)
-    if not words & mdm.BY_COUNT:  # there no mask is empty anyway
-        # One random token of the first mask is always hidden: k tokens are k / (n p) as frequent.
+    if not words & mdm.BY_COUNT:  # methods by count never draw an empty mask
+        # One random token of the first mask is always hidden. So a mask of k tokens comes up
+        # k / (n p) times as often.
         p, _ = mdm.draw_rates(words, u, torch.tensor([float(n)]), n, table, eps)
         token = torch.randint(n, (16, 1), generator=generator)
         r[0] = r[0].scatter(1, token, p[:, None] * r[0].gather(1, token))
@@ -42,8 +43,8 @@ def draw_rare_masks(words, n, generator, table, eps):
 def sampled_variance(model, x0, pos, method, generator, table=None, eps=mdm.EPS):
     """The gradient's variance per sequence for x0 (X, T): (total, standard error). Unbiased.
 
-    It is E|g|^2 - |E g|^2, where g is the gradient of a step, the mean over its masks. By symmetry
-    E|g|^2 = E[g1 . g], where g1 is the gradient of the first mask alone."""
+    It is E|g|^2 - |E g|^2, where g is the gradient of a step, the mean over its masks. All masks of
+    a step are alike, so E|g|^2 = E[g1 . g], where g1 is the gradient of the first mask alone."""
     words = mdm.parse_method(method)
     squares = []  # E|g|^2 of each sequence
     means = []  # and its E g
@@ -61,7 +62,7 @@ def sampled_variance(model, x0, pos, method, generator, table=None, eps=mdm.EPS)
     X = len(x0)
     pairs = (mean @ mean.T).fill_diagonal_(0).sum(1)
     total = (square - pairs / (X - 1)).mean()
-    error = (square - 2 * pairs / (X - 2)).std() / math.sqrt(X)  # this is the jackknife's
+    error = (square - 2 * pairs / (X - 2)).std() / math.sqrt(X)  # the jackknife's
     return total.item(), error.item()
 
 
@@ -76,7 +77,7 @@ def measured(cfg, words, model, data, pos, seed, at):
         counts, H = mdm.pilot(model, x0[None], pos, r)
         table = mdm.ppots_table(counts, H.cpu(), n, cfg.ppots_fit, cfg.eps)[0]
     law = 1.0 if "arm" in words else mdm.noise_in_arms(words, n, table, cfg.eps)
-    row = {"n": n, "law": law, f"{at}_law": law}  # of ppots the law depends on the model
+    row = {"n": n, "law": law, f"{at}_law": law}  # for ppots it depends on the model
     if n <= EXACT_MAX_N:
         parts = mdm.exact_variance(words, mdm.grams(model, x0, pos), n, table, cfg.eps)
         return row | {at: parts["total"]} | {f"{at}_{part}": parts[part] for part in "ABC"}
@@ -85,7 +86,7 @@ def measured(cfg, words, model, data, pos, seed, at):
 
 
 def measure(cfg, methods, seeds, data, device, build):
-    """Print a table, and write OUT_DIR/variance.jsonl. seeds: one; build: train.py's."""
+    """Print a table, and write OUT_DIR/variance.jsonl. seeds has one seed. build is train.build."""
     known = {"arm", *mdm.MASKING} - {"isad", "strats"}
     own = [method for method in methods if mdm.parse_method(method) <= known]
     init_seed = cfg.init_seed if cfg.init_seed >= 0 else None
