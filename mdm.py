@@ -246,7 +246,7 @@ def rate_to_p_mask(t, eps=EPS):
 #
 # The law has limits. A real ARM has other gradients than an MDM. What tokens have in common is left
 # out, and with it most of noise B. While a model learns, its tokens are not equally strong. Then a
-# method may gain less than the law says, or more. In our tests only mirror kept to it throughout.
+# method may gain less than the law says, or more. In our tests mirror and multi2 kept to it.
 
 # --------------------------------------------------------------------------------------------------
 # 4. P-POTS, the Pareto-optimal t-sampler: draw noisy rates more often, with a smaller weight.
@@ -257,7 +257,8 @@ def rate_to_p_mask(t, eps=EPS):
 #
 #     q(t)  ~  sqrt( E[l^2 | t] )            where ~ means "proportional to".                    (4)
 #
-# So P-POTS lowers the sum of A and B, though B alone may grow. Now and then a pilot, a few forward
+# So P-POTS lowers the sum of A and B of the loss, though B alone may grow. (The gradient may have
+# another best q.) Now and then a pilot, a few forward
 # passes, measures E[l^2 | t]. The paper writes it as mean^2 + variance. But its pilot averages over
 # x0 before it takes the square, and so leaves out the variance from one sequence to the next.
 #
@@ -711,13 +712,16 @@ def mirror_law(words, p, n):
     return law / law.sum()
 
 
+EXACT = {"arm", "ppots", "clipped", "mirror", "multi2"} | BY_COUNT  # words whose P(m, m') is known
+
+
 def exact_variance(method, K_pair, n, table=None, eps=EPS):
     """{"A", "B", "C", "total"} of the gradient, per sequence, from a pair of grams(). A pair with
     products of H, in place of those of G, gives the noise of the loss. table (N_CELLS,).
-    Raises ValueError for isad and strats."""
+    Raises ValueError for words outside EXACT."""
     words = parse_method(method)
-    if words & {"isad", "strats"}:
-        raise ValueError(f"exact_variance cannot do {method}")
+    if not words <= EXACT:
+        raise ValueError(f"exact_variance knows only {' '.join(sorted(EXACT))}")
     K, K_mean = K_pair
     if "arm" in words:
         C = (K - K_mean).item()

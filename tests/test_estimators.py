@@ -266,6 +266,9 @@ def test_arm_has_only_data_noise(toy):
     _, V = mdm.sample_gradients(arm, toy[1], toy[2], ones, ones)
     wanted = (V - V.mean(0)).square().sum(1).mean().item()
     got = mdm.exact_variance("arm", mdm.grams(arm, toy[1], toy[2]), 3)
+    for unknown in ("isad", "strats_mirror"):
+        with pytest.raises(ValueError, match="knows only"):
+            mdm.exact_variance(unknown, None, 3)
     assert got == pytest.approx({"A": 0, "B": 0, "C": wanted, "total": wanted}, rel=1e-5)
 
 

@@ -18,8 +18,8 @@ except ImportError:
 HERE = Path(__file__).resolve().parent
 BLUE = "#0072B2"  # all colors here are distinct for the color-blind, too
 ORANGE = "#D55E00"
-FAMILIES = {"mirror": ORANGE, "clipped": "#CC79A7", "sqrtk": "#56B4E9", "exactk": BLUE,
-            "ppots": "#009E73", "multi2": "#E69F00", "mdm": "black"}  # fmt: skip
+FAMILIES = {"clipped": "#CC79A7", "sqrtk": "#56B4E9", "exactk": BLUE, "ppots": "#009E73",
+            "mirror": ORANGE, "multi2": "#E69F00", "mdm": "black"}  # fmt: skip
 TITLES = {"arm": "autoregressive", "mdm": "plain masked diffusion", "sqrtk": "sqrtk (ours)",
           "ppots_mirror": "P-POTS + MIRROR"}  # fmt: skip
 STYLE = {"font.size": 10, "axes.titlesize": 10, "axes.spines.top": False,
@@ -122,7 +122,7 @@ def compute(settings, results):
     ax.axvline(0, color="black", lw=0.8)
     ax.set_yticks(range(len(names)), names)
     ax.set_xlabel("accuracy minus plain, in points")
-    ax.set_title("blue: one pass a step; orange and black: two passes a step")
+    ax.set_title("blue: one pass a step; orange: two; black and dotted: the controls, two, too")
     return figure
 
 
@@ -140,13 +140,14 @@ def law(files):
                     words = mdm.parse_method(row["method"])
                     family = next((word for word in FAMILIES if word in words), "mdm")
                     x = row[f"{at}_law"] / plain[f"{at}_law"]
-                    ax.plot(x, row[at] / plain[at], marker, color=FAMILIES[family], alpha=0.8)
+                    fill = FAMILIES[family] if row["passes"] == 1 else "none"
+                    ax.plot(x, row[at] / plain[at], marker, color=FAMILIES[family], mfc=fill)
         for word, color in FAMILIES.items():
             ax.plot([], [], "_", color=color, label=word, mew=4)
         ax.set(xscale="log", yscale="log", aspect="equal", title=title, xlabel="noise by the law")
     panels[0].set_xticks([0.1, 0.2, 0.5, 1], ["0.1", "0.2", "0.5", "1"])
     panels[0].set_yticks([0.1, 0.2, 0.5, 1], ["0.1", "0.2", "0.5", "1"])
-    panels[0].set_ylabel("measured noise (plain: 1)")
+    panels[0].set_ylabel("measured noise (plain: 1; hollow: two masks)")
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
 

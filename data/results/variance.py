@@ -87,8 +87,7 @@ def measured(cfg, words, model, data, pos, seed, at):
 
 def measure(cfg, methods, seeds, data, device, build):
     """Print a table, and write OUT_DIR/variance.jsonl. seeds has one seed. build is train.build."""
-    known = {"arm", *mdm.MASKING} - {"isad", "strats"}
-    own = [method for method in methods if mdm.parse_method(method) <= known]
+    own = [method for method in methods if mdm.parse_method(method) <= mdm.EXACT]
     init_seed = cfg.init_seed if cfg.init_seed >= 0 else None
     models = {"start": (cfg.init_from, init_seed), "end": (cfg.out_dir, seeds[0])}
     print("\nGradient noise: the law in ARMs, then shares of plain's, predicted and measured")
