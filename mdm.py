@@ -1,10 +1,10 @@
 """mdm.py - stable training of masked diffusion language models, in one file.
 
 THE STORY. A sequence x0 is a prompt, always visible, and a response of n tokens. A masked diffusion
-model (MDM) learns to fill in the response. Each training step draws a masking rate t between 0 and
-1, and hides each response token with probability t. The hidden tokens are the mask m. The model
-sees xt, the sequence with holes. It gives the true token i the probability p(x0_i | xt). The loss
-is a sum over the hidden tokens. On average n t tokens are hidden, so it is divided by n t:
+model (MDM) learns to fill in the response. In a training step each sequence draws a masking rate t
+between 0 and 1, and hides each response token with probability t. The hidden tokens are the mask m.
+The model sees xt, the sequence with holes. It gives the true token i the probability p(x0_i | xt).
+The loss is a sum over the hidden tokens. On average n t tokens are hidden, so we divide by n t:
 
     l(x0, t, m) = 1/(n t) * sum_{i in m} -log p(x0_i | xt)                                      (1)
     L           = E_{x0} E_{t ~ U(0,1)} E_m  l(x0, t, m)   >=   -log-likelihood per token       (2)
@@ -32,7 +32,8 @@ total variance. An index says what is drawn at random, while the rest is held fi
 "Bringing Stability to Diffusion" (arXiv 2511.18159, "the paper" from here on) lowers A and B with
 six methods, first of all P-POTS (section 4) and MIRROR (section 5). Section 3 predicts the noise of
 a method without a model. `python mdm.py` compares the prediction with the noise of a small model.
-If you know nanoGPT, skip section 1. Section 9 measures (3) exactly, and can wait. If you want the
+If you know nanoGPT, skip section 1. Two parts can wait: section 9, where (3) is measured, and in
+section 4 second_moment, epr and fit_epr, the road from a pilot to a density. If you want the
 methods for a model of your own, begin with draw_masks in section 8.
 
 LETTERS  n, k      tokens in the response, and hidden ones among them
@@ -212,9 +213,9 @@ EPS = 1e-3  # the smallest p, as in LLaDA
 
 def rate_to_p_mask(t, eps=EPS):
     """p, the probability of hiding a token at the rate t, squeezed into (eps, 1). Without eps the
-    variance would be infinite (OURS). At a small t one token is hidden with probability n t, and
-    then l = H/(n t). So E[l^2 | t] is n t (H/(n t))^2 = H^2/(n t), and its integral over t grows
-    like log(1/eps). The price: L is a mean over p in (eps, 1), not (0, 1)."""
+    variance would be infinite (OURS). At a small t the loss is 0, but with probability n t a token
+    is hidden and l = H/(n t). So E[l^2 | t] is n t (H/(n t))^2 = H^2/(n t). Its integral over t
+    grows like log(1/eps). The price: L is a mean over p in (eps, 1), not (0, 1)."""
     return (1 - eps) * t + eps
 
 
@@ -225,7 +226,7 @@ def rate_to_p_mask(t, eps=EPS):
 # example W = 2 0 2 0. An ARM has W = 1 1 1 1. An unbiased method has E[W_i] = 1, and the
 # spread of W_i around 1 is noise. A step's gradient is 1/n sum_i W_i g_i, where g_i is the gradient
 # of token i. Suppose the g_i are uncorrelated, nearly 0 in the mean, and equally strong, whatever
-# else is hidden. Then the variance of the step's gradient is proportional to
+# else is hidden. Then only squares W_i^2 |g_i|^2 are left in the variance. It is proportional to
 #
 #     E[W_i^2],    which is 1 for an ARM. In the example the tokens' mean is (4+0+4+0)/4 = 2.
 #
@@ -237,9 +238,10 @@ def rate_to_p_mask(t, eps=EPS):
 #     name, and what it is                    noise in ARMs              n = 4   n = 13   n = 64
 #     mdm         plain                       ln(1/EPS)                   6.91     6.91     6.91
 #     ppots       section 4, if H = k         (numerically)               4.50     5.02     6.05
+#                 the same, with fit="grid"   (numerically)               3.94     4.39     5.28
 #     mirror      section 5; two passes       ln(1/EPS)/2 + ln 2 - 1/2    3.65     3.65     3.65
 #     multi2      two independent masks; two  ln(1/EPS)/2 + 1/2           3.95     3.95     3.95
-#     mdm_batch2  twice the batch; two        ln(1/EPS)/2                 3.45     3.45     3.45
+#     mdm_batch2  half of mdm's; two          ln(1/EPS)/2                 3.45     3.45     3.45
 #     clipped     section 6; biased           ln(.8/.3) / .5              1.96     1.96     1.96
 #     exactk      section 7                   1 + 1/2 + ... + 1/n         2.08     3.18     4.74
 #     sqrtk       section 7                   (sum_k k^-1/2)^2 / n        1.94     2.67     3.33
@@ -258,9 +260,9 @@ def rate_to_p_mask(t, eps=EPS):
 #     q(t)  ~  sqrt( E[l^2 | t] )            where ~ means "proportional to".                    (4)
 #
 # So P-POTS lowers the sum of A and B of the loss, though B alone may grow. (The gradient may have
-# another best q.) Now and then a pilot, a few forward
-# passes, measures E[l^2 | t]. The paper writes it as mean^2 + variance. But its pilot averages over
-# x0 before it takes the square, and so leaves out the variance from one sequence to the next.
+# another best q.) Now and then a pilot, a few forward passes, measures E[l^2 | t]. The paper writes
+# it as mean^2 + variance of l. But in the paper's pilot, l is a mean over x0 already. So the
+# variance from one sequence to the next is left out.
 #
 # OURS: the pilot needs no grid of rates. All masks of k tokens are equally likely, whatever t is.
 # So it is enough to measure E[H^2 | k]. At a given rate, k has the binomial law Bin(k; n, p):
@@ -301,10 +303,10 @@ def pilot(model, x0, pos, r):
 
 
 def second_moment(counts, H, t, n, eps=EPS):
-    """Equation (5): E[l^2 | t] at Q rates t (Q,), as (..., Q) float64 on the CPU. From a pilot:
-    counts (n_counts,) or (X, n_counts), and H (..., X, n_counts). n is the length of all responses,
-    or (X,) their lengths. Then we take the median, as if the loss of a hidden token depended on k/n
-    only. A rough curve costs gain, but causes no bias."""
+    """Equation (5): E[l^2 | t] at Q rates t (Q,), as (..., Q) float64 on the CPU. counts, H and n
+    are a pilot's: (X, n_counts) or (n_counts,); (..., X, n_counts); a number, or (X,) lengths. We
+    interpolate E[(H/k)^2 | k], since H/k, the mean loss of a hidden token, changes slowly with k.
+    If lengths differ, we compare equal shares k/n, and then take the median length for n."""
     counts = counts.cpu().double()
     lengths = torch.as_tensor(n).cpu().double().view(-1, 1).clamp(min=1)
     share = (counts / lengths).mean(0)  # of hidden tokens, (n_counts,)
@@ -453,13 +455,13 @@ def clipped(u, low=0.3, high=0.8):
 #
 # At t = .3 the example hides token 1 only: k = 1. Plain training divides H by n t = 1.2. But H
 # depends on the mask alone. So the spread of 1/t, for one and the same mask, only adds noise. The
-# best weight is the mean of 1/t given k (Rao-Blackwell), and it is (n + 1)/k.
+# best weight is the mean of 1/t given k (Rao-Blackwell). It is (n + 1)/k: t is Beta(k+1, n-k+1).
 #
 # At t = .05 the example hides nothing. Plain training draws such an empty mask once in n + 1 times.
-# If we never draw it, the weight is n/k: in the example W = 4 0 0 0. And k need not be uniform. So
-# a by-count method draws k from 1 ... n with the probability P(k), and hides k random tokens. Each
-# has the weight 1/(k P(k)). For P(k) = 1/n this is n/k again. This is exactly unbiased, and needs
-# no EPS:
+# If we never draw it, all others come (n + 1)/n times as often. So their weight falls to n/k: in
+# the example W = 4 0 0 0. And k need not be uniform. So a by-count method draws k from 1 ... n with
+# the probability P(k), and hides k random tokens. Each has the weight 1/(k P(k)). For P(k) = 1/n
+# this is n/k again. This is exactly unbiased, and needs no EPS:
 #
 #     exactk          P(k) = 1/n            (RADD, arXiv 2406.03736; LLaDA's evaluation)
 #     sqrtk           P(k) ~ 1/sqrt(k)      OURS: the smallest possible E[W^2]
@@ -474,10 +476,9 @@ def count_law(words, n, n_max, table=None):
     """P(k) and the weight of k = 1 ... n_max, both (..., B or 1, n_max), for responses of
     n (..., B or 1) tokens. words: the method (section 8). ppots needs a table (..., N_CELLS)."""
     k = torch.arange(1, n_max + 1, dtype=n.dtype, device=n.device)
-    middle = (torch.arange(N_CELLS, dtype=n.dtype, device=n.device) + 0.5) / N_CELLS  # of each cell
+    middle = (torch.arange(N_CELLS, dtype=n.dtype, device=n.device) + 0.5) / N_CELLS  # of cells
     chance = torch.ones_like(k)
-    # The weight of k is integral / P(k). Over all rates, the integral of Bin(k; n, t) / t is 1/k.
-    integral = 1 / k
+    integral = 1 / k  # of Bin(k; n, t) / t over all rates; the weight of k is integral / P(k)
     if "sqrtk" in words:
         chance = k**-0.5
     if "ppots" in words:  # middle is sqrt(t)
@@ -649,18 +650,18 @@ def noise_in_arms(method, n, table=None, eps=EPS):
 # masks, and we list them all. Let G_m be the gradient of H under mask m. A step that draws m has
 # the gradient G = c G_m, where c is weight/n. (With two masks, G is the mean of the two.)
 #
-# Average G over the masks, then over the rates as well, and then over the data as well. Each
-# average takes one kind of noise out of the mean square:
+# The square of a mean is the mean product of two independent draws. So take two steps, G and G',
+# that share less and less. Each line takes one kind of noise out of E <G, G'>:
 #
-#                              is |E G|^2 plus    in the code
-#     E |G|^2                  C, B and A         same_step * K
-#     E_{x0} E_t |E_m G|^2     C and B            same_rate * K
-#     E_{x0} |E_{t,m} G|^2     C                  same_data * K
-#     |E G|^2                  nothing            same_data * K_mean
+#     two steps share          E <G, G'> is |E G|^2 plus    in the code
+#     all, so that G = G'      C, B and A                   same_step * K
+#     the data and the rate    C and B                      same_rate * K
+#     the data                 C                            same_data * K
+#     nothing                  nothing                      same_data * K_mean
 #
-# Each line is a sum over pairs of masks m, m'. A pair adds the mean of c c', if both are drawn,
-# times K_mm' = E_{x0} <G_m, G_m'>. (They factor, since masks are drawn without a look at the data.)
-# In the last line K_mean_mm' = <E_{x0} G_m, E_{x0} G_m'> replaces K_mm'.
+# Each line is a sum over pairs of masks m, m'. A pair adds the mean of c c', if G draws m and G'
+# draws m', times K_mm' = E_{x0} <G_m, G_m'>. (They factor: masks are drawn without the data.) In
+# the last line K_mean_mm' = <E_{x0} G_m, E_{x0} G_m'> replaces K_mm'.
 
 
 def sample_gradients(model, x0, pos, mask, weight):
@@ -706,7 +707,7 @@ def mirror_law(words, p, n):
     law = torch.ones(1, 1).double()
     for _ in range(n):  # tokens are independent
         law = torch.kron(law, torch.tensor(token, dtype=law.dtype))
-    if words & BY_COUNT:  # keep the masks of n p tokens
+    if words & BY_COUNT:  # keep the pairs of n p tokens each: all of these are equally likely
         right = all_masks(n).sum(1) == round(n * p)
         law = law * right * right[:, None]
     return law / law.sum()
@@ -768,10 +769,10 @@ def exact_variance(method, K_pair, n, table=None, eps=EPS):
 
 
 @torch.no_grad()
-def generate(model, x, pos, steps=None, temperature=0.0, order="confidence", generator=None):
+def generate(model, x, pos, steps=None, temperature=0.0, generator=None):
     """Fill in the mask tokens of x (S, B, T) at pos (n,) in n steps, or fewer. Yield x after each.
-    A step predicts all hidden tokens, and keeps the surest ones (order="confidence") or the
-    leftmost ones ("left"). An ARM goes from left to right, one token per step."""
+    A step predicts all hidden tokens, and keeps the surest ones. An ARM goes from left to right,
+    one token per step."""
     n = len(pos)
     causal = model.config.causal
     steps = n if causal else min(steps or n, n)
@@ -782,7 +783,7 @@ def generate(model, x, pos, steps=None, temperature=0.0, order="confidence", gen
             token = chance.multinomial(1, generator=generator).view(logits.shape[:-1])
         else:
             token = logits.argmax(-1)
-        if causal or order == "left":
+        if causal:
             score = -pos.float().expand(token.shape)
         else:
             score = logits.log_softmax(-1).gather(-1, token[..., None]).squeeze(-1)

@@ -735,6 +735,7 @@ def train_and_save(cfg, method, seeds, data, device, start):
     with runs.lock(path):  # only one program at a time trains it
         if cfg.resume and os.path.exists(path):
             state = runs.load_checkpoint(path)["state"]
+            print(progress(method, state), "(resumed)")
         if not state.get("done"):
             for state in train(cfg, method, seeds, data, device, state):
                 save(cfg, method, seeds, data, state, path)
@@ -751,6 +752,7 @@ def progress(method, state):
     for name, values in state["curve"][-1].items():
         if name in ("loss", "accuracy", "nll") and values[0] is not None:
             line += f"  {name} " + " ".join(f"{value:.2f}" for value in values[:4])
+            line += " ..." if len(values) > 4 else ""
     if state["step"] and not state["done"]:
         left = state["seconds"] * (state["steps"] - state["step"]) / state["step"]
         line += f"  ETA {int(left) // 60}:{int(left) % 60:02}"

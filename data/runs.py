@@ -230,7 +230,7 @@ def find_checkpoint(out_dir, method, seed=None):
         checkpoint = load_checkpoint(path)
         found |= dict.fromkeys(checkpoint["seeds"], checkpoint)
     if not found:
-        fail(f"there is no checkpoint of {method} in {out_dir}: check --method and the path")
+        fail(f"there is no checkpoint of {method} in {out_dir}: check --method and --out_dir")
     seed = min(found) if seed is None else seed
     if seed not in found:
         fail(f"seed {seed} of {method} is not in {out_dir}; there are {sorted(found)}")

@@ -306,6 +306,15 @@ def test_the_law_has_its_closed_forms(n):
         assert mdm.noise_in_arms(method, n, TABLE) == pytest.approx(float(value), rel=0.005), method
 
 
+def test_the_laws_rows_of_ppots():
+    """Those of mdm.py's table: if each hidden token costs the same, for both fits."""
+    for fit, row in {"epr": (4.50, 5.02, 6.05), "grid": (3.94, 4.39, 5.28)}.items():
+        for n, noise in zip((4, 13, 64), row):
+            k = torch.arange(1, n + 1)
+            table = mdm.ppots_table(k, k[None].double(), n, fit)
+            assert mdm.noise_in_arms("ppots", n, table) == pytest.approx(noise, rel=0.005)
+
+
 def test_the_law_predicts_the_gradients_variance():
     """add3, n = 4, and a model that has learned how common each digit is, but little else, so that
     its tokens are about equally strong: over plain training's, the exact variance of the gradient

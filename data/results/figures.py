@@ -47,6 +47,8 @@ def seeds(results):
         ax.plot([low, high], [y, y], color="black", lw=1.5)
         ax.plot(mean, y, "D", color="white", mec="black", ms=5)
     ax.set_yticks(range(len(order)), order)
+    if key == "accuracy":
+        ax.set_xlim(*np.clip(ax.get_xlim(), -0.02, 1.02))
     ax.set_xlabel(f"final {key} of all runs, mean and interval (blue: one pass; orange: more)")
     return figure
 
@@ -96,6 +98,7 @@ def animate(figure, path):
     last = max(x[-1] for x, _ in whole)
     writer = PillowWriter(fps=10)
     with writer.saving(figure, path, dpi=100):
+        writer.grab_frame()  # the whole picture first, for a viewer that stands still
         for end in np.linspace(0, 1.5 * last, 60).clip(max=last):
             for line, (x, y) in zip(lines, whole):
                 here = min(end, x[-1])
@@ -169,7 +172,7 @@ def example():
             ax.text(left + x, 0, "2" if hidden else "0", **centre)
     for x in range(10, 14):
         ax.text(x, 0, "1", weight="bold", **centre)
-    ax.text(11.5, 1, "their mean", weight="bold", **centre)
+    ax.text(11.5, 1, "their mean,\nat t = 0.5", weight="bold", **centre)
     for y, name in enumerate(["weight", "hidden below 0.5", "random number"]):
         ax.text(-1, y, name, ha="right", va="center")
     ax.set(xlim=(-4.2, 14), ylim=(-0.5, 3.5))

@@ -141,8 +141,9 @@ def aligned(rows):
 
 LEGEND = """
 [ ]: 95 % interval, over the pretrainings if there are several, else the seeds. minus: in points of
-accuracy, or nats, of the same seeds. SD ratio: within a pretraining, of the logit of the accuracy,
-or the log of the nll. Its [ ] takes all runs as independent. A diverged run is the worst."""
+accuracy, or nats, of the same seeds. SD ratio: the SD of the logit of the accuracy, or of the log
+of the nll, over that of the same method as in minus, within a pretraining. Its [ ] takes all runs
+as independent. A diverged run counts as the worst."""
 READ_P = """
 n: pretrainings, or seeds if there is only one. p: of a paired t test. Holm: p, corrected for the
 four tests of the family. All other comparisons are exploratory.
