@@ -711,13 +711,14 @@ def compare(cfg, methods, seeds, data, device):
           f"on {device}, {torch.get_num_threads()} threads; results go to {cfg.out_dir}")
     if cfg.init_from:
         print(f"every seed starts from {starts[methods[0]]['name']} of {cfg.init_from}")
-    lines = []
     for method in methods:
-        lines += train_and_save(cfg, method, seeds, data, device, starts[method])
+        train_and_save(cfg, method, seeds, data, device, starts[method])
+    # All methods of the folder with these seeds, also those of earlier commands.
+    lines = [line for line in runs.read_results(cfg.out_dir) if line["seed"] in seeds]
     print(f"\n{report.table(settings, lines, cfg.baseline)}\n\n{report.verdict(settings, lines)}")
     # Commands to go on with, ready for a shell.
     out_dir = shlex.quote(cfg.out_dir)
-    ask = f"--method={shlex.quote(lines[-1]['method'])} --show"
+    ask = f"--method={shlex.quote(label(cfg, methods[-1]))} --show"
     if not data.is_text:
         question = data.decode(data.test[0, : data.prompt_len])
         ask += f" --prompt={shlex.quote(question)}"
@@ -726,7 +727,7 @@ def compare(cfg, methods, seeds, data, device):
 
 
 def train_and_save(cfg, method, seeds, data, device, start):
-    """Train one method. Returns its result lines. With --resume a finished one is only read."""
+    """Train one method, and save its results. With --resume a finished one is only read."""
     path = runs.checkpoint_path(cfg.out_dir, label(cfg, method), start, seeds)
     state = {}
     if start:  # all seeds begin at the weights of one
@@ -735,14 +736,12 @@ def train_and_save(cfg, method, seeds, data, device, start):
     with runs.lock(path):  # only one program at a time trains it
         if cfg.resume and os.path.exists(path):
             state = runs.load_checkpoint(path)["state"]
-            print(progress(method, state), "(resumed)")
+            print(f"{method:>20} resumed: {state['step']} of {state['steps']} steps are done")
         if not state.get("done"):
             for state in train(cfg, method, seeds, data, device, state):
                 save(cfg, method, seeds, data, state, path)
                 print(progress(method, state), flush=True)
-        lines = result_lines(cfg, method, seeds, data, state, start)
-        runs.save_lines(cfg.out_dir, lines)
-    return lines
+        runs.save_lines(cfg.out_dir, result_lines(cfg, method, seeds, data, state, start))
 
 
 def progress(method, state):

@@ -169,6 +169,7 @@ def test_pretrainings_are_the_units():
     sd, df = report.spread(np.array([[0.4, 0.6, 0.8], [0.5, 0.5, np.nan], [np.nan] * 3]))
     assert (sd, df) == (pytest.approx((0.08 / 3) ** 0.5), 3)
     assert "seed 1" not in report.table(SETTINGS, lines, "mdm")
+    assert "reach .9" not in report.table(SETTINGS, lines, "mdm")  # runs of one start are no sample
     # The verdict has the same unit.
     renamed = [run | {"method": {"x": "ppots_mirror"}.get(run["method"], "mdm")} for run in lines]
     row = cells(report.verdict(SETTINGS, renamed), "ppots_mirror minus mdm")

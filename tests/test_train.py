@@ -246,6 +246,20 @@ def test_ema_trains_as_plain_training_does_to_the_bit():
     assert plain["curve"][0] == ema["curve"][0] and plain["curve"][1] != ema["curve"][1]
 
 
+def test_ema_keeps_its_means_by_the_rates_of_the_strata(monkeypatch):
+    true_baseline = mdm.ema_baseline
+    seen = []
+
+    def baseline(loss, u, ema):
+        seen.append(u)
+        return true_baseline(loss, u, ema)
+
+    monkeypatch.setattr(mdm, "ema_baseline", baseline)
+    states("strats_ema", "--batch_size=16")
+    equal_strata = torch.arange(1, 5.0).repeat_interleave(4).expand(2, -1)
+    assert all(torch.equal((4 * u).ceil().sort(-1)[0], equal_strata) for u in seen)
+
+
 @pytest.mark.parametrize("method", ["mdm", "ppots_mirror", "ema", "sqrtk_mirror"])
 def test_stopped_and_continued_is_uninterrupted(method):
     """To the bit: from every state that was yielded, kept or in a file, as often as one likes. So

@@ -125,7 +125,7 @@ def compute(settings, results):
     ax.axvline(0, color="black", lw=0.8)
     ax.set_yticks(range(len(names)), names)
     ax.set_xlabel("accuracy minus plain, in points")
-    ax.set_title("blue: one pass a step; orange: two; black and dotted: the controls, two, too")
+    ax.set_title("blue: the cost of plain training; orange: twice; black and dotted: plain at twice")
     return figure
 
 

@@ -141,8 +141,8 @@ def aligned(rows):
 
 LEGEND = """
 [ ]: 95 % interval, over the pretrainings if there are several, else the seeds. minus: in points of
-accuracy, or nats, of the same seeds. SD ratio: the SD of the logit of the accuracy, or of the log
-of the nll, over that of the same method as in minus, within a pretraining. Its [ ] takes all runs
+accuracy, or nats, of the same seeds. SD ratio: how seeds of a pretraining spread, in the logit of
+the accuracy or the log of the nll, over the same for the method after minus. Its [ ] takes all runs
 as independent. A diverged run counts as the worst."""
 READ_P = """
 n: pretrainings, or seeds if there is only one. p: of a paired t test. Holm: p, corrected for the
