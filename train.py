@@ -13,7 +13,7 @@ sequence, and n of them to predict, at the positions `pos`.
 
 Text has other defaults: n_layer 4, n_embd 128, batch_size 12, steps 2000.
 For two GPUs, run two commands with different methods or seeds in the same --out_dir.
-A method is arm, mdm, or several words joined by _. The words:
+A method is arm, mdm, or words joined by _. Section 8 of mdm.py and --help have all words.
 """
 import argparse
 import copy
@@ -36,7 +36,7 @@ from data.results import report, variance
 from data.runs import fail
 
 # --------------------------------------------------------------------------------------------------
-# Settings, the same for all methods. If you know nanoGPT, glance at them, and go on with Training.
+# Settings, the same for all methods. If you know nanoGPT, glance at them, and go on at Randomness.
 # Brackets in a description tell what happens if the flag is not given.
 
 
@@ -46,7 +46,7 @@ class Setting(NamedTuple):
     why: str  # its --help
     low: object = None  # the smallest number allowed
     high: object = None  # the largest number allowed
-    shared: bool = True  # all runs in a folder agree on it (on a method's own: its runs)
+    shared: bool = True  # if False, runs in one folder may differ in it
     user: str = ""  # who uses it: sums, text, init_from or a method's word; "" means everyone
 
 
@@ -57,8 +57,7 @@ SETTINGS = [
     Setting("n_seeds", 3, "how many: 42,731,20231, then 0,1,2,...", 1, 10**5, shared=False),
     Setting("dataset", "add3", f"{', '.join(arith.DATASETS)}; or shakespeare_char; or a text file"),
     Setting("init_from", "", "fine-tune: start from the arm or mdm in this folder", shared=False),
-    Setting("init_seed", -1, "the seed to start from (-1: the smallest)", -1, 10**18, shared=False,
-            user="init_from"),
+    Setting("init_seed", -1, "seed to start from (-1: the smallest)", -1, 10**18, user="init_from"),
     Setting("n_train", 0, "number of training problems (0: all)", 0, 10**9, user="sums"),
     Setting("n_test", 512, "held-out problems; a quick evaluation takes at most 512",
             1, 10**6, user="sums"),
@@ -111,7 +110,7 @@ def parse_args(argv=None):
     words = {**mdm.MASKING, **mdm.TRAINING}
     parser = argparse.ArgumentParser(
         prog="train.py",
-        description=__doc__ + "\n".join(f"    {word:8} {what}" for word, what in words.items()),
+        description=__doc__ + "".join(f"\n    {word:8} {what}" for word, what in words.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # so that we see which flags were given
         allow_abbrev=False,
@@ -158,7 +157,7 @@ def parse_seeds(cfg):
         return (PAPER_SEEDS + others)[: cfg.n_seeds]
     words = cfg.seeds.split(",")
     seeds = [int(word) for word in words if word.isdecimal()]
-    # In a set, a seed given twice counts once. stream() takes no seed of 2**32 or more.
+    # Fewer than the words if one is no number, too large for stream(), or given twice.
     usable = {seed for seed in seeds if seed < 2**32}
     if len(usable) < len(words):
         fail(f"--seeds={cfg.seeds}: give different whole numbers below 2**32, separated by commas")
@@ -220,8 +219,9 @@ def load_data(cfg, methods):
 
 
 # --------------------------------------------------------------------------------------------------
-# Randomness. A random stream is known by a name: (seed, purpose, part). A part is an epoch, or a
-# chunk of steps. So --resume can draw a part again, and no seed's numbers depend on other seeds.
+# Randomness. A random stream is known by a name: (seed, purpose, part). A part is an epoch, a
+# chunk of steps, or the step of a pilot. So --resume can draw a part again, and no seed's numbers
+# depend on other seeds.
 
 PURPOSES = ["init", "data", "rate", "mask", "pilot"]  # the order is part of the key: only append
 
@@ -235,16 +235,15 @@ def stream(seed, purpose, part=0, device="cpu"):
 
 
 def epochs(seed, first, count, n_train, device):
-    """The problems at the places first ... first + count - 1 of a seed's endless list, (count,). In
-    the list one epoch follows another: all problems, each time in another random order. A batch may
-    hold the end of an epoch and the beginning of the next, so no problem is left out."""
-    first_epoch = first // n_train
+    """Indices of training problems, (count,). Each seed has an endless list: one epoch after
+    another, all problems in each, in another random order. We take `count` of them, from the place
+    `first` on. A batch may hold the end of one epoch and the beginning of the next."""
+    first_epoch, start = divmod(first, n_train)
     last_epoch = (first + count - 1) // n_train
     order = []
     for epoch in range(first_epoch, last_epoch + 1):
         generator = stream(seed, "data", epoch, device)
         order.append(torch.randperm(n_train, generator=generator, device=device))
-    start = first - first_epoch * n_train
     return torch.cat(order)[start : start + count]
 
 
@@ -315,7 +314,7 @@ def sequence_loss(model, words, x0, pos, u, r, table, rare, eps):
     if "arm" in words:
         return mdm.token_nll(model, x0, pos).mean(-1)
     is_rare = torch.isin(x0[..., pos], rare) if "isad" in words else None  # (S, B, n)
-    masking = words & mdm.MASKING.keys()  # the other words, such as batch2, change train() itself
+    masking = words & mdm.MASKING.keys()  # train() and build() see to the others
     mask, weight = mdm.draw_masks(masking, u, r, table=table, eps=eps, is_rare=is_rare)
     return mdm.method_loss(model, x0, pos, mask, weight)
 
@@ -331,8 +330,8 @@ def new_state(seeds, steps, device):
         "diverged": torch.zeros(S, device=device),  # the step in which a seed diverged, or 0
         "gradclip": torch.zeros(S, device=device),  # steps with a clipped gradient
         "table": torch.zeros(S, mdm.N_CELLS, device=device),  # P-POTS: the chance of each rate
-        "ema": torch.zeros(S, 10, device=device),  # EMA: the running mean loss of 10 bins of rates
-        "pilot": 0,  # P-POTS: the sequences that went through the model in a seed's pilots
+        "ema": torch.zeros(S, 10, device=device),  # EMA: the running mean loss of 10 bins of u
+        "pilot": 0,  # P-POTS: the forward passes of a seed's pilots, each of one sequence
         "seconds": 0.0,  # of all steps and the evaluations after them
         **runs.machine(device),
     }
@@ -367,8 +366,8 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
         optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # or steps would change it
     first = state["step"]
     # These four change in a step. `state` keeps their values at the last evaluation.
-    per_seed = [state[name].to(device) for name in ("diverged", "gradclip", "table", "ema")]
-    diverged, gradclip, table, ema = per_seed
+    names = ("diverged", "gradclip", "table", "ema")
+    diverged, gradclip, table, ema = (state[name].to(device) for name in names)
     loss_sum = torch.zeros(len(seeds), device=device)  # since the last evaluation
 
     # The data, and the random numbers of each step.
@@ -378,7 +377,7 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
     in_epochs = not data.is_text
     numbers = random_numbers(words, seeds, first, B, n, len(train_x), in_epochs, device)
     refit_every, n_pilot = pilot_size(cfg, steps, B * work.masks, n)  # for P-POTS
-    pilot_sequences = n_pilot * min(n, mdm.N_COUNTS)  # each with several masks
+    pilot_passes = n_pilot * min(n, mdm.N_COUNTS)  # forward, for each sequence and mask
 
     if not state["curve"]:  # the scores before training
         point = {"step": 0, "loss": [None] * len(seeds), **evaluate(model, data, quick=True)}
@@ -390,25 +389,24 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
         # P-POTS measures now and then which rates are noisy.
         if "ppots" in words and step % refit_every == 0:
             table = measure_table(cfg, seeds, model, train_x, pos, step, n_pilot)
-            state = state | {"pilot": state["pilot"] + pilot_sequences}
+            state = state | {"pilot": state["pilot"] + pilot_passes}
 
         # The loss of each sequence, (S, B).
         optimizer.zero_grad()
-        idx, u, r = next(numbers)  # the batch, its rates and its masks
+        idx, u, r = next(numbers)  # which sequences; for rates; for masks
         x0 = train_x[idx].long()  # (S, B, T)
         loss = loss_of(model, words, x0, pos, u, r, table, rare, cfg.eps)
         if "ema" in words:
-            rates = mdm.stratify(u) if "strats" in words else u
-            loss, ema = mdm.ema_baseline(loss, rates, ema)
+            used_u = mdm.stratify(u) if "strats" in words else u  # the u that draw_masks used
+            loss, ema = mdm.ema_baseline(loss, used_u, ema)
 
         # The gradient. Seeds share no parameter. So row s of the gradient of the summed loss is
         # the gradient of seed s alone.
         loss = loss.mean(-1)  # (S,)
         loss.sum().backward()
-        healthy = (diverged == 0) & torch.isfinite(loss)
-        healthy, was_clipped = clip_per_seed(params, healthy, cfg.grad_clip)
-        diverges_now = (diverged == 0) & ~healthy
-        diverged = torch.where(diverges_now, step + 1, diverged)
+        alive = diverged == 0
+        healthy, was_clipped = clip_per_seed(params, alive & torch.isfinite(loss), cfg.grad_clip)
+        diverged = torch.where(alive & ~healthy, step + 1, diverged)
         gradclip = gradclip + was_clipped
 
         # The step.
@@ -416,7 +414,7 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
         optimizer.step()
         loss_sum = loss_sum + loss.detach()
 
-        # The evaluation. It is quick, unless it is the last, or may be the last by --until_nll.
+        # The evaluation. It is quick, but not at the last step, nor if --until_nll may end it here.
         steps_done = step + 1
         last = steps_done == steps
         if steps_done % cfg.eval_every != 0 and not last:
@@ -467,13 +465,14 @@ def clip_per_seed(params, healthy, max_norm):
 def pilot_size(cfg, steps, rows, n):
     """P-POTS: the steps from one pilot to the next, and the sequences of a pilot.
 
-    All pilots together may cost the share ppots_budget of the work. A training step costs as much
-    as three forward passes of its rows. In a pilot each sequence goes forward with several masks.
-    A pilot needs 8 sequences, so there may be fewer pilots than ppots_refits."""
+    All pilots together may cost the share ppots_budget of the training. A step trains on `rows`
+    sequences, and each costs as much as three forward passes. In a pilot a sequence costs a forward
+    pass for each of its masks. A pilot has at least 8 sequences, so there may be fewer pilots than
+    ppots_refits, and a very short training exceeds the budget."""
     forward_passes = cfg.ppots_budget * 3 * steps * rows
-    sequences = forward_passes / min(n, mdm.N_COUNTS)
-    refits = max(1, min(cfg.ppots_refits, int(sequences / 8)))
-    return math.ceil(steps / refits), max(8, int(sequences / refits))
+    in_all_pilots = forward_passes / min(n, mdm.N_COUNTS)  # sequences
+    refits = max(1, min(cfg.ppots_refits, int(in_all_pilots / 8)))
+    return math.ceil(steps / refits), max(8, int(in_all_pilots / refits))
 
 
 def measure_table(cfg, seeds, model, train_x, pos, step, n_pilot):
@@ -501,7 +500,7 @@ BOUND_MASKS = 8  # masks per sequence in bound()
 
 def evaluate(model, data, quick=False):
     """The scores of each seed, as lists: "nll", its standard error "nll_se", for sums "accuracy".
-    quick: at most 512 problems and 128 sequences, instead of all problems and 512 sequences."""
+    quick: accuracy on at most 512 problems, not all, and nll on 128 sequences, not 512."""
     scores = {}
     if not data.is_text:
         scores["accuracy"] = accuracy(model, data, 512 if quick else None).tolist()
@@ -515,7 +514,7 @@ def rows_at_once(model, n):
     """How many sequences of n response tokens an evaluation can take at once. The largest array of
     a forward pass is the logits, or the middle of an MLP. It may have 2**24 numbers, some 64 MB."""
     S = len(model.wte)
-    # An MLP is 4 n_embd wide, and our tasks have up to 4 tokens for each response token.
+    # An MLP is 4 n_embd wide. We allow for 4 tokens in all for each response token.
     per_token = max(model.config.vocab_size, 4 * 4 * model.config.n_embd)
     return max(1, 2**24 // (BOUND_MASKS * S * n * per_token))
 
@@ -530,8 +529,7 @@ def accuracy(model, data, n_problems=None):
     for x0 in data.test[:n_problems].to(device).split(rows_at_once(model, len(pos))):
         xt = x0.clone()
         xt[:, pos] = model.config.vocab_size  # the mask token: the whole response is hidden
-        for x in mdm.generate(model, xt.expand(S, -1, -1), pos):
-            pass  # only the last x is complete
+        *_, x = mdm.generate(model, xt.expand(S, -1, -1), pos)  # only the last x is complete
         right.append((x == x0).all(-1))  # (S, rows)
     return torch.cat(right, 1).float().mean(1)
 
@@ -549,10 +547,11 @@ def bound(model, data, n_sequences):
     x0 = data.test[spread].to(device).expand(S, -1, -1)
 
     generator = torch.Generator().manual_seed(0)  # on the CPU: the same masks for all models
-    part = 1 - torch.rand(BOUND_MASKS, n_sequences, generator=generator)
-    u = (torch.arange(BOUND_MASKS)[:, None] + part) / BOUND_MASKS
+    within = 1 - torch.rand(BOUND_MASKS, n_sequences, generator=generator)  # its eighth
+    u = (torch.arange(BOUND_MASKS)[:, None] + within) / BOUND_MASKS
     r = torch.rand(*u.shape, len(pos), generator=generator)
     drawn = mdm.draw_masks("exactk", u, r)  # mask and weight, both (1, 8, n_sequences, n)
+    # The same 8 masks for all seeds: (8, S, n_sequences, n).
     mask, weight = (z.transpose(0, 1).to(device).expand(-1, S, -1, -1) for z in drawn)
 
     rows = rows_at_once(model, len(pos))
@@ -614,8 +613,8 @@ def load_start(cfg, method, data):
         fail(f"--init_from={cfg.init_from}: its {base} is unfinished: --resume it first")
     name = f"{Path(theirs['dataset']).stem}-{theirs['seed']}"
     weights_id = runs.fingerprint(*theirs["weights"].values())
-    # The name tells only the data and the seed, so another start may have the same. In one folder a
-    # name must not mean two starts, unless one is an ARM and the other an MDM.
+    # The name tells only the data and the seed, so another start may have the same. In one folder
+    # two starts of a kind (ARM or MDM) must not share a name.
     for line in runs.read_results(cfg.out_dir):
         same_base = line["method"].startswith("arm") == (base == "arm")
         if line["start"] == name and same_base and line["start_weights"] != weights_id:
@@ -709,8 +708,6 @@ def compare(cfg, methods, seeds, data, device):
     runs.join_folder(cfg.out_dir, settings)
     print(f"{cfg.dataset}: {data.describe()}\nseeds {seeds}; {cfg.steps} steps of {cfg.batch_size} "
           f"on {device}, {torch.get_num_threads()} threads; results go to {cfg.out_dir}")
-    if cfg.init_from:
-        print(f"every seed starts from {starts[methods[0]]['name']} of {cfg.init_from}")
     for method in methods:
         train_and_save(cfg, method, seeds, data, device, starts[method])
     # All methods of the folder with these seeds, also those of earlier commands.
@@ -731,6 +728,7 @@ def train_and_save(cfg, method, seeds, data, device, start):
     path = runs.checkpoint_path(cfg.out_dir, label(cfg, method), start, seeds)
     state = {}
     if start:  # all seeds begin at the weights of one
+        print(f"{method:>20} starts from {start['name']} of {cfg.init_from}")
         weights = start["weights"].items()
         state = {"model": {name: w.repeat_interleave(len(seeds), 0) for name, w in weights}}
     with runs.lock(path):  # only one program at a time trains it
