@@ -166,9 +166,12 @@ def test_the_variance_of_the_gradient(common, monkeypatch):
             if common is TEXT:
                 assert rows[method][f"{at}_error"] > 0
                 continue
-            exact = mdm.exact_variance(method, mdm.grams(model, data.test[:6], pos), 3, eps=0.01)
+            K, K_mean = mdm.grams(model, data.test[:6], pos)
+            exact = mdm.exact_variance(method, (K, K_mean), 3, eps=0.01)
             assert rows[method][at] == pytest.approx(exact["total"], rel=1e-5)
             assert rows[method][f"{at}_A"] == pytest.approx(exact["A"], rel=1e-5)
+            shared = mdm.exact_variance(method, (K_mean, K_mean), 3, eps=0.01)
+            assert rows[method][f"{at}_shared"] == pytest.approx(shared["A"] + shared["B"], rel=1e-5)
     assert rows["mdm"]["law"] == pytest.approx(mdm.noise_in_arms("mdm", len(pos), eps=0.01))
 
 

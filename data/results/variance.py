@@ -79,8 +79,12 @@ def measured(cfg, words, model, data, pos, seed, at):
     law = 1.0 if "arm" in words else mdm.noise_in_arms(words, n, table, cfg.eps)
     row = {"n": n, "law": law, f"{at}_law": law}  # for ppots it depends on the model
     if n <= EXACT_MAX_N:
-        parts = mdm.exact_variance(words, mdm.grams(model, x0, pos), n, table, cfg.eps)
-        return row | {at: parts["total"]} | {f"{at}_{part}": parts[part] for part in "ABC"}
+        K, K_mean = mdm.grams(model, x0, pos)
+        parts = mdm.exact_variance(words, (K, K_mean), n, table, cfg.eps)
+        row |= {at: parts["total"]} | {f"{at}_{part}": parts[part] for part in "ABC"}
+        # The noise of the mean gradient over x0: the most that coupled sequences could take away.
+        shared = mdm.exact_variance(words, (K_mean, K_mean), n, table, cfg.eps)
+        return row | {f"{at}_shared": shared["total"]}
     total, error = sampled_variance(model, x0, pos, words, draw, table, cfg.eps)
     return row | {at: total, f"{at}_error": error}
 
