@@ -53,7 +53,7 @@ def load_model(out_dir, method, seed=None, device="cpu"):
     """One seed's model, with S = 1: (model, its vocabulary, its data set's name)."""
     saved = runs.find_checkpoint(out_dir, method, seed)
     vocabulary = Vocabulary(**saved["vocabulary"])
-    model = mdm.GPT(mdm.GPTConfig(**saved["config"]), [torch.Generator()])  # any weights: S = 1
+    model = mdm.GPT(mdm.GPTConfig(**saved["config"]), [torch.Generator()])  # S = 1; its weights go
     model.load_state_dict(saved["weights"])
     return model.to(device), vocabulary, saved["dataset"]
 
@@ -71,7 +71,7 @@ def encode(vocabulary, prompt):
 
 
 def check_question(dataset, ids):
-    """Refuse a prompt that is no question of this data set. It may hold a part of the answer."""
+    """Refuse a prompt of a wrong length, or with a gap in its question."""
     data = arith.make(dataset)
     question = ids[: data.prompt_len]
     has_gap = len(data.vocabulary) in question
@@ -103,7 +103,7 @@ def main(argv=None):
         for row in rows:
             check_question(dataset, row)
     else:
-        # A text has one token before the prompt: a line feed, as if a line began. It is not shown.
+        # A line feed comes before the user's prompt, as if a line began. It is not shown.
         first = 1
         line_feed = vocabulary.items.index("\n") if "\n" in vocabulary.items else 0  # or any token
         rows = [[line_feed, *row] for row in rows]
@@ -119,12 +119,12 @@ def main(argv=None):
     pos = hidden.nonzero()[:, 0]
     generator = torch.Generator(device).manual_seed(args.sample_seed)
     states = mdm.generate(model, x, pos, args.steps, args.temperature, generator=generator)
-    for x in itertools.chain([x], states):  # first the prompts alone; the last x is complete
-        shown = [vocabulary.decode(row[first:end], GAP) for row in x[0].tolist()]
+    for state in itertools.chain([x], states):  # the first is the prompts alone
+        shown = [vocabulary.decode(row[first:end], GAP) for row in state[0].tolist()]
         if args.show:
             print("\n".join(shown), flush=True)
     if not args.show:
-        print("\n".join(shown))
+        print("\n".join(shown))  # the last state, which is complete
     return 0
 
 

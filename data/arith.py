@@ -98,6 +98,7 @@ def make(name, n_train=0, n_test=512):
 
     prompt, response = train[0].split("=", 1)
     structural = [i for i, char in enumerate(prompt + "=") if not char.isalnum()]
+    # In arithmetic the symbols of the response count as rare.
     rare = sorted({char for char in response if not char.isalnum()})
     return Data(name=name, is_text=False, vocabulary=vocabulary, train=train_ids, test=test_ids,
                 prompt_len=len(prompt) + 1, structural=structural, rare=vocabulary.encode(rare),

@@ -5,8 +5,8 @@ the seed and the pretrained start. All other settings are the same for all runs:
 
     OUT_DIR/settings.json              the settings that all runs of this folder share
     OUT_DIR/results.jsonl              a line for each method, start and seed
-    OUT_DIR/METHOD/ckpt_SEEDxN-*.pt    the checkpoint of N seeds, SEED first; * stands for them all
-    OUT_DIR/METHOD/ckpt_START_SEEDxN-*.pt    the same for a model fine-tuned from START
+    OUT_DIR/METHOD/ckpt_SEEDxN-HASH.pt    a checkpoint of N seeds, SEED first; HASH is of them all
+    OUT_DIR/METHOD/ckpt_START-HASH_SEEDxN-HASH.pt    the same for a model fine-tuned from START
 """
 import contextlib
 import hashlib
@@ -46,7 +46,7 @@ def machine(device):
     """Facts about the machine. They affect rounding, and so the results."""
     processor = platform.processor() or platform.machine()
     commit = ""
-    with contextlib.suppress(OSError):  # not on Linux
+    with contextlib.suppress(OSError):  # only Linux has this file
         names = [x for x in Path("/proc/cpuinfo").open() if x.startswith("model name")]
         processor = names[0].split(":")[1].strip() if names else processor
     if device.startswith("cuda"):
@@ -115,8 +115,9 @@ def guarded(main):
         if not isinstance(e, BrokenPipeError):
             fail(e)
         return 1
-    except (RuntimeError, MemoryError) as e:  # torch raises the first one
-        if "memory" not in repr(e).lower():
+    except (RuntimeError, MemoryError) as e:  # torch raises a RuntimeError
+        said = repr(e).lower()
+        if "memory" not in said or "illegal" in said:
             raise
         fail("out of memory: lower --n_seeds, --batch_size, --n_embd, --n_layer or --block_size")
 
@@ -152,7 +153,7 @@ def join_folder(out_dir, settings):
         theirs = theirs or settings  # a new folder takes ours
         for name, value in settings.items():
             old = theirs.get(name)
-            if old != value and name != "dataset":  # the path may differ, its fingerprint may not
+            if old != value and name != "dataset":  # data may move, but their fingerprint must stay
                 fail(f"the runs in {out_dir} have {name} {old}, not {value}: "
                      "take another --out_dir")
         # Even if unchanged: the date tells newest_folder() which folder was used last.

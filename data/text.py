@@ -126,7 +126,7 @@ def make(path, block_size, tokenizer="char"):
     # We use at most 512 blocks, from all over the text.
     chosen = torch.linspace(0, len(blocks) - 1, min(512, len(blocks))).round().long()
 
-    # The rarest tokens, as many as fit into 5 % of the text.
+    # The rarest tokens, as many as fit into 5 % of the training text.
     counts = train.bincount(minlength=len(vocabulary))
     counts, rarest_first = counts.sort(stable=True)  # equal counts stay in the same order
     rare = rarest_first[counts.cumsum(0) <= n_train // 20]

@@ -158,7 +158,7 @@ def test_the_variance_of_the_gradient(common, monkeypatch):
     assert all(row["seed"] == 3 for row in rows.values())
     cfg, _, _ = train.parse_args(flags)
     data = train.load_data(cfg, ["mdm"])
-    assert rows["arm"]["law"] == 1
+    assert rows["arm"]["start_law"] == 1
     for method in ("mdm", "arm"):
         first, pos = train.build(cfg, method, [3], data, "cpu")
         last, _, _ = sample.load_model("o", method, 3)
@@ -172,7 +172,7 @@ def test_the_variance_of_the_gradient(common, monkeypatch):
             assert rows[method][f"{at}_A"] == pytest.approx(exact["A"], rel=1e-5)
             shared = mdm.exact_variance(method, (K_mean, K_mean), 3, eps=0.01)
             assert rows[method][f"{at}_shared"] == pytest.approx(shared["A"] + shared["B"], rel=1e-5)
-    assert rows["mdm"]["law"] == pytest.approx(mdm.noise_in_arms("mdm", len(pos), eps=0.01))
+    assert rows["mdm"]["end_law"] == pytest.approx(mdm.noise_in_arms("mdm", len(pos), eps=0.01))
 
 
 # ---- One folder is one comparison

@@ -223,7 +223,7 @@ def test_the_verdict():
     assert (row["n"], row["p"], row["points of accuracy"]) == ("1", "-", "+0.0")
     row = cells(report.verdict(SETTINGS, text_only(pair)), "ppots_mirror minus mdm")
     assert row["nats per token"] == "-0.250"
-    assert report.verdict(SETTINGS, [line("arm")]).startswith("To judge the paper's claim, add")
+    assert report.verdict(SETTINGS, [line("arm")]).startswith("To fill in the comparisons, add")
 
 
 def test_the_family_is_corrected_and_the_primary_comparison_is_not():

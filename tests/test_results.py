@@ -41,7 +41,7 @@ def check(row, settings, lines):
     x = report.wide(lines, key)[2][method]
     assert not np.isnan(x).any()  # no run is left out
     assert row["passes"] == str({line["method"]: line["passes"] for line in lines}[method])
-    mean = without_zero(report.show(report.t_test(report.units(x))[0]))
+    mean = without_zero(report.show(report.t_test(report.sample_of(x))[0]))
     for head, cell in row.items():
         if head in ("accuracy", "mean accuracy", "nll"):
             assert cell in (mean, mean.split()[0])

@@ -43,7 +43,7 @@ def seeds(results):
         y = order.index(method)
         jitter = y + rng.uniform(-0.25, 0.25, x.size)
         ax.scatter(x.ravel(), jitter, s=14, color=color[method], alpha=0.6, lw=0)
-        mean, low, high = report.t_test(report.units(x))[0]
+        mean, low, high = report.t_test(report.sample_of(x))[0]
         ax.plot([low, high], [y, y], color="black", lw=1.5)
         ax.plot(mean, y, "D", color="white", mec="black", ms=5)
     ax.set_yticks(range(len(order)), order)
@@ -125,7 +125,7 @@ def compute(settings, results):
     ax.axvline(0, color="black", lw=0.8)
     ax.set_yticks(range(len(names)), names)
     ax.set_xlabel("accuracy minus plain, in points")
-    ax.set_title("blue: the cost of plain training; orange: twice; black and dotted: plain at twice")
+    ax.set_title("blue: the cost of plain training; orange: twice; black, dotted: plain at twice")
     return figure
 
 
@@ -137,7 +137,7 @@ def law(files):
         ax.plot([0.1, 1.2], [0.1, 1.2], color="black", lw=0.8)
         for rows, marker in zip(sorted(files, key=lambda rows: rows[0]["n"]), "os^Dv<>P"):
             ax.plot([], [], marker, color="grey", label=f"{rows[0]['n']} tokens")
-            plain = rows[0]
+            plain = rows[0]  # measure() puts it first
             for row in rows:
                 if row["method"] != "arm":
                     words = mdm.parse_method(row["method"])

@@ -13,7 +13,7 @@ UNITS = {  # factor, decimal places, unit
     "accuracy": (100, 1, "points of accuracy"),
     "nll": (1, 3, "nats per token"),
 }
-COMPARISONS = {  # "primary" and "family" were named before the runs; Holm corrects the family
+COMPARISONS = {  # all were planned; Holm corrects the family for being four tests
     ("ppots_mirror", "mdm"): "primary",
     ("ppots_mirror", "mdm_batch2"): "family",
     ("ppots_mirror", "mdm_steps2"): "family",
@@ -31,7 +31,7 @@ def score(results):
 
 def wide(results, key):
     """Results as arrays: (starts, seeds, {method: array (starts, seeds)}), nan for a missing run.
-    A diverged seed and a null number are the worst: an accuracy of 0, or infinite nats."""
+    A diverged seed and a missing number are the worst: an accuracy of 0, or infinite nats."""
     starts = sorted({line["start"] for line in results})
     seeds = sorted({line["seed"] for line in results})
     columns = {line["method"]: np.full((len(starts), len(seeds)), np.nan) for line in results}
@@ -43,7 +43,7 @@ def wide(results, key):
     return starts, seeds, columns
 
 
-def units(x):
+def sample_of(x):
     """The sample (n,) in x (starts, seeds): the starts' means if there are several, else seeds."""
     rows = x if len(x) > 1 else x.T  # of one start, each seed is its own mean
     return np.array([row[~np.isnan(row)].mean() for row in rows if not np.isnan(row).all()])
@@ -66,7 +66,8 @@ def t_test(sample):
     mean = sample.sum() / n if n else math.nan
     if n < 2 or not np.isfinite(sample).all():
         return (mean, math.nan, math.nan), 1.0
-    # If luck alone decides, the angle with tan(angle) = mean / SD has the density cos^(n-2).
+    # By hand, to do without scipy. Let tan(angle) = mean / SD, where the SD divides by n. If luck
+    # alone decides, the angle has the density cos^(n-2). That is Student's law with n - 1 degrees.
     angle = np.linspace(0, np.pi / 2, 20001)
     middle = (angle[1:] + angle[:-1]) / 2
     area = np.append(0, np.cumsum(np.cos(middle) ** (n - 2)))
@@ -95,14 +96,14 @@ def compare(settings, results, method, other):
     missing = np.full_like(columns[results[0]["method"]], np.nan)
     pair = np.array([columns.get(name, missing) for name in (method, other)])
     minus = np.where(np.isinf(pair).all(0), 0.0, pair[0] - pair[1])  # both diverged: no difference
-    sample = units(UNITS[key][0] * minus)
+    sample = sample_of(UNITS[key][0] * minus)
     difference, p = t_test(sample)
     if key == "accuracy":
         right = pair * settings["n_test"] + 0.5  # so that the logit of 0, and of all, is finite
         pair = right / (settings["n_test"] + 1 - right)  # the odds
     log_pair = np.where(np.isnan(minus), np.nan, np.log(pair))
     sd, df = spread(log_pair[0])
-    other_sd, _ = spread(log_pair[1])
+    other_sd, _ = spread(log_pair[1])  # of the same runs, so df is the same
     ratio = (math.nan, math.nan, math.nan)
     if sd > 0 and other_sd > 0:
         # The log of a normal sample's SD has the variance 1/(2 df) + 1/(2 df^2) + 1/(3 df^3).
@@ -140,10 +141,11 @@ def aligned(rows):
 
 
 LEGEND = """
-[ ]: 95 % interval, over the pretrainings if there are several, else the seeds. minus: in points of
-accuracy, or nats, of the same seeds. SD ratio: how seeds of a pretraining spread, in the logit of
-the accuracy or the log of the nll, over the same for the method after minus. Its [ ] takes all runs
-as independent. A diverged run counts as the worst."""
+[ ]: the 95 % interval, over the pretrainings if there are several, else over the seeds.
+minus: the difference between the same seeds, in points of accuracy or in nats.
+SD ratio: the spread of the seeds within a pretraining, divided by that of the method after minus.
+It is taken of the logit of the accuracy or the log of the nll. Its [ ] takes runs as independent.
+A diverged run counts as the worst."""
 READ_P = """
 n: pretrainings, or seeds if there is only one. p: of a paired t test. Holm: p, corrected for the
 four tests of the family. All other comparisons are exploratory.
@@ -162,7 +164,7 @@ def table(settings, results, baseline):
             row |= {f"seed {seed}": f"{y:.3f}".replace("nan", "-") for seed, y in zip(seeds, x[0])}
         elif key == "accuracy" and len(starts) == 1:
             row["reach .9"] = solved(x[0, ~np.isnan(x[0])])
-        row[f"mean {key}"] = show(t_test(units(x))[0])
+        row[f"mean {key}"] = show(t_test(sample_of(x))[0])
         difference, ratio, _, _ = compare(settings, results, method, baseline)
         row[f"minus {baseline}"] = show(difference, UNITS[key][1], "+")
         row["SD ratio"] = show(ratio, 2)
@@ -187,13 +189,13 @@ def verdict(settings, results):
     missing = {name for pair in COMPARISONS for name in pair} - {x["method"] for x in results}
     text = aligned(rows) + READ_P if rows else ""
     if missing:
-        text += f"\nTo judge the paper's claim, add --method={','.join(sorted(missing))}"
+        text += f"\nTo fill in the comparisons, add --method={','.join(sorted(missing))}"
     return text.strip()
 
 
 def main(out_dirs, baseline):
     """--report: print the results in the folders, and draw them. ValueError if there are none."""
-    from data.results import figures
+    from data.results import figures  # here, because figures imports report
 
     folders = [(name, runs.read_settings(name), runs.read_results(name)) for name in out_dirs]
     for folder, settings, results in folders:

@@ -16,20 +16,22 @@ N_SEQUENCES = 64  # or 16, if their responses are longer than 64 tokens
 
 
 def draw_rare_masks(words, n, generator, table, eps):
-    """16 draws of a rate and its masks: mask, weight (M, 16, n) and often (16,). Plain draws hardly
-    ever meet the huge gradients at small rates. So we seek them out, `often` times as often."""
+    """16 draws of a rate and its masks: mask, weight (M, 16, n), often (16,). Importance sampling:
+    plain draws hardly ever meet the huge gradients at small rates. So we draw a mask `often` times
+    as often as a plain draw would, and the caller divides its gradient by that."""
     if "arm" in words:
         return torch.ones(1, 16, n) > 0, torch.ones(1, 16, n), torch.ones(16)
     shift = max(eps, 1e-4)
     span = math.log(1 + 1 / shift)
+    # Two sets of 8 numbers, one in each eighth of (0, 1]. The second set is turned into small u.
     even = (torch.arange(1, 9) - torch.rand(2, 8, generator=generator)) / 8
     near_0 = shift * torch.expm1(span * even[1])  # of density 1 / ((u + shift) * span)
     u = torch.cat([even[0], near_0]).clamp(max=1)
-    often = 0.5 + 0.5 / ((u + shift) * span)
+    often = 0.5 + 0.5 / ((u + shift) * span)  # the density of both sets together
     r = torch.rand(2 if "multi2" in words else 1, 16, n, generator=generator)
     if not words & mdm.BY_COUNT:  # methods by count never draw an empty mask
-        # One random token of the first mask is always hidden. So a mask of k tokens comes up
-        # k / (n p) times as often.
+        # One random token of the first mask is always hidden. Each of k tokens could be the one, so
+        # a mask of k tokens comes up k / (n p) times as often.
         p, _ = mdm.draw_rates(words, u, torch.tensor([float(n)]), n, table, eps)
         token = torch.randint(n, (16, 1), generator=generator)
         r[0] = r[0].scatter(1, token, p[:, None] * r[0].gather(1, token))
@@ -62,12 +64,12 @@ def sampled_variance(model, x0, pos, method, generator, table=None, eps=mdm.EPS)
     X = len(x0)
     pairs = (mean @ mean.T).fill_diagonal_(0).sum(1)
     total = (square - pairs / (X - 1)).mean()
-    error = (square - 2 * pairs / (X - 2)).std() / math.sqrt(X)  # the jackknife's
+    error = (square - 2 * pairs / (X - 2)).std() / math.sqrt(X)  # by the jackknife
     return total.item(), error.item()
 
 
 def measured(cfg, words, model, data, pos, seed, at):
-    """The law, and the gradient's variance at a model: {"n", "law", at, at_error or at_A, ...}."""
+    """The law, and the gradient's variance at a model: {"n", at_law, at, at_error or at_A, ...}."""
     n = len(pos)
     x0 = data.test[: N_SEQUENCES if n <= 64 else 16].to(pos.device)
     draw = torch.Generator().manual_seed(seed)
@@ -77,7 +79,7 @@ def measured(cfg, words, model, data, pos, seed, at):
         counts, H = mdm.pilot(model, x0[None], pos, r)
         table = mdm.ppots_table(counts, H.cpu(), n, cfg.ppots_fit, cfg.eps)[0]
     law = 1.0 if "arm" in words else mdm.noise_in_arms(words, n, table, cfg.eps)
-    row = {"n": n, "law": law, f"{at}_law": law}  # for ppots it depends on the model
+    row = {"n": n, f"{at}_law": law}  # the law of ppots depends on the model
     if n <= EXACT_MAX_N:
         K, K_mean = mdm.grams(model, x0, pos)
         parts = mdm.exact_variance(words, (K, K_mean), n, table, cfg.eps)
@@ -93,9 +95,9 @@ def measure(cfg, methods, seeds, data, device, build):
     """Print a table, and write OUT_DIR/variance.jsonl. seeds has one seed. build is train.build."""
     own = [method for method in methods if mdm.parse_method(method) <= mdm.EXACT]
     init_seed = cfg.init_seed if cfg.init_seed >= 0 else None
-    models = {"start": (cfg.init_from, init_seed), "end": (cfg.out_dir, seeds[0])}
-    print("\nGradient noise: the law in ARMs, then shares of plain's, predicted and measured")
-    print(f"{'':22}passes      law  predicted      start        end")
+    models = {"start": (cfg.init_from, init_seed), "end": (cfg.out_dir, seeds[0])}  # "": random
+    print("\nGradient noise as a share of plain's: predicted by the law, and measured")
+    print(f"{'':22}passes   start: law    measured    end: law    measured")
     rows = []
     for method in dict.fromkeys(["mdm", *own, *METHODS]):
         words = mdm.parse_method(method)
@@ -107,7 +109,8 @@ def measure(cfg, methods, seeds, data, device, build):
                 model.load_state_dict(trained["weights"])
             row |= measured(cfg, words, model, data, pos, seeds[0], at)
         rows.append(row)
-        shares = [f"{row[name] / rows[0][name]:11.3f}" for name in ("law", "start", "end")]
-        print(f"{method:22}{row['passes']:^6}{row['law']:9.2f}{''.join(shares)}", flush=True)
+        names = ("start_law", "start", "end_law", "end")
+        shares = [f"{row[name] / rows[0][name]:12.3f}" for name in names]
+        print(f"{method:22}{row['passes']:^6}{''.join(shares)}", flush=True)
     runs.write_lines(f"{cfg.out_dir}/variance.jsonl", rows)
     print(f"Clipped rates are biased. Written to {cfg.out_dir}/variance.jsonl")
