@@ -110,7 +110,7 @@ def animate(figure, path):
 def compute(settings, results):
     """The gain over plain training. Twice the batch and twice the steps cost two passes as well."""
     color = colors(results)
-    names = [name for name in color if name not in ("arm", "mdm") and "=" not in name]
+    names = [name for name in color if name not in ("arm", "mdm") and name.isidentifier()]
     gain = {name: report.compare(settings, results, name, "mdm")[0] for name in names}
     names.sort(key=lambda name: (color[name] == BLUE, gain[name]))  # 0 is at the bottom
     figure = Figure(figsize=(8, 0.22 * len(names) + 0.9))
