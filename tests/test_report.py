@@ -357,10 +357,12 @@ PLAIN_LAW = {"method": "mdm", "passes": 1, "n": 4, "start_law": 8, "end_law": 8,
 def test_the_law_is_drawn_in_shares():
     pytest.importorskip("matplotlib")
     row = PLAIN_LAW | {"method": "sqrtk", "start_law": 4, "end_law": 2, "start": 1, "end": 1}
+    row |= {"passes": 2}
     axes = drawn(figures.law([[PLAIN_LAW, row], [PLAIN_LAW, row]]))
     for ax, point in zip(axes, [(0.5, 0.25), (0.25, 0.5)]):
-        found = [tuple(x.get_xydata()[0]) for x in ax.lines if len(x.get_xydata()) == 1]
-        assert found == [(1, 1), point] * 2
+        marks = [x for x in ax.lines if len(x.get_xydata()) == 1]
+        assert [tuple(x.get_xydata()[0]) for x in marks] == [(1, 1), point] * 2
+        assert [x.get_markerfacecolor() == "none" for x in marks] == [False, True] * 2  # hollow
 
 
 def test_the_pages_pictures(tmp_path, monkeypatch):
