@@ -37,7 +37,7 @@ from data.runs import fail
 
 # --------------------------------------------------------------------------------------------------
 # Settings, the same for all methods. If you know nanoGPT, glance at them, and go on at Randomness.
-# Brackets in a description tell what happens if the flag is not given.
+# Brackets in a description tell the value without the flag.
 
 
 class Setting(NamedTuple):
@@ -51,7 +51,7 @@ class Setting(NamedTuple):
 
 
 SETTINGS = [
-    # What to train, and on which data.
+    # The methods, the seeds and the data.
     Setting("method", "arm,mdm,ppots_mirror", "methods, separated by commas", shared=False),
     Setting("seeds", "", "seeds, separated by commas [see n_seeds]", shared=False),
     Setting("n_seeds", 3, "how many: 42,731,20231, then 0,1,2,...", 1, 10**5, shared=False),
@@ -110,7 +110,7 @@ def parse_args(argv=None):
     words = {**mdm.MASKING, **mdm.TRAINING}
     parser = argparse.ArgumentParser(
         prog="train.py",
-        description=__doc__ + "".join(f"\n    {word:8} {what}" for word, what in words.items()),
+        description=__doc__ + "".join(f"\n    {word:8} {about}" for word, about in words.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,  # so that we see which flags were given
         allow_abbrev=False,
@@ -128,7 +128,7 @@ def parse_args(argv=None):
     given = vars(parser.parse_args(argv))  # only the flags that were typed
     for name in {"out_dir", "init_from", "dataset"} & given.keys():  # ~ is the home folder
         given[name] = ",".join(os.path.expanduser(part) for part in given[name].split(","))
-    # What was not typed has its default, and a text has other defaults.
+    # All others have their defaults, and a text has other defaults than sums.
     values = defaults(given.get("dataset", "add3")) | given
     cfg = argparse.Namespace(**values)  # cfg.lr, for example
     try:
@@ -177,7 +177,7 @@ def check_values(cfg):
 
 
 def check_effects(cfg, given, methods):
-    """Refuse settings and words that would change nothing."""
+    """Refuse settings and words without an effect."""
     users = {kind_of(cfg.dataset), *words_of(methods)}
     if cfg.init_from:
         users.add("init_from")
@@ -195,7 +195,7 @@ def check_effects(cfg, given, methods):
 
 
 def words_of(methods):
-    """The words of all these methods together."""
+    """The words of all the methods together."""
     return set().union(*map(mdm.parse_method, methods))
 
 
@@ -341,7 +341,7 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
     """Train one method for all seeds at once. Yield the state at the start and after every
     evaluation. A yielded state never changes afterwards. A training can go on from any of them.
 
-    state: one that was yielded; or {"model": the weights to start from}; or None, a new training.
+    state: a yielded one; or {"model": the weights to start from}; or None, a new training.
 
     A seed diverges when its loss or its gradient is not finite. From then on its gradient is 0, and
     only momentum and weight decay move its weights. No other seed is affected."""
