@@ -283,6 +283,8 @@ def random_numbers(words, seeds, first_step, B, n, n_train, in_epochs, device):
 # --------------------------------------------------------------------------------------------------
 # Training.
 
+RECORD_AFTER = 3  # steps: by then torch has chosen its kernels, and a GPU may record them
+
 
 def model_config(cfg, method, data):
     causal = "arm" in mdm.parse_method(method)  # the only difference between the networks
@@ -365,10 +367,11 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
     if "optimizer" in state:
         optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # or steps would change it
     first = state["step"]
-    # These four change in a step. `state` keeps their values at the last evaluation.
+    # A step changes these in place. `state` keeps their values at the last evaluation.
     names = ("diverged", "gradclip", "table", "ema")
-    diverged, gradclip, table, ema = (state[name].to(device) for name in names)
+    diverged, gradclip, table, ema = (state[name].to(device, copy=True) for name in names)
     loss_sum = torch.zeros(len(seeds), device=device)  # since the last evaluation
+    clock = torch.full((), first, device=device)  # the number of steps begun
 
     # The data, and the random numbers of each step.
     train_x = data.train_blocks(device)  # (n_train, T), all on the device
@@ -379,6 +382,30 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
     refit_every, n_pilot = pilot_size(cfg, steps, B * work.masks, n)  # for P-POTS
     pilot_passes = n_pilot * min(n, mdm.N_COUNTS)  # forward, for each sequence and mask
 
+    def compute_gradient(idx, u, r):
+        """The gradient of a step. idx says which sequences; u is for rates, and r for masks. All
+        tensors that outlive it change in place, so that a GPU can record it."""
+        clock.add_(1)
+        optimizer.zero_grad()
+
+        # The loss of each sequence, (S, B).
+        x0 = train_x[idx].long()  # (S, B, T)
+        loss = loss_of(model, words, x0, pos, u, r, table, rare, cfg.eps)
+        if "ema" in words:
+            used_u = mdm.stratify(u) if "strats" in words else u  # the u that draw_masks used
+            loss, new_ema = mdm.ema_baseline(loss, used_u, ema)
+            ema.copy_(new_ema)
+
+        # The gradient. Seeds share no parameter. So row s of the gradient of the summed loss is
+        # the gradient of seed s alone.
+        loss = loss.mean(-1)  # (S,)
+        loss.sum().backward()
+        alive = diverged == 0
+        healthy, was_clipped = clip_per_seed(params, alive & torch.isfinite(loss), cfg.grad_clip)
+        diverged.copy_(torch.where(alive & ~healthy, clock, diverged))
+        gradclip.add_(was_clipped)
+        loss_sum.add_(loss.detach())
+
     if not state["curve"]:  # the scores before training
         point = {"step": 0, "loss": [None] * len(seeds), **evaluate(model, data, quick=True)}
         state = snapshot(state, model, optimizer, curve=[point])
@@ -388,31 +415,16 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
     for step in range(first, steps):
         # P-POTS measures now and then which rates are noisy.
         if "ppots" in words and step % refit_every == 0:
-            table = measure_table(cfg, seeds, model, train_x, pos, step, n_pilot)
+            table.copy_(measure_table(cfg, seeds, model, train_x, pos, step, n_pilot))
             state = state | {"pilot": state["pilot"] + pilot_passes}
 
-        # The loss of each sequence, (S, B).
-        optimizer.zero_grad()
-        idx, u, r = next(numbers)  # which sequences; for rates; for masks
-        x0 = train_x[idx].long()  # (S, B, T)
-        loss = loss_of(model, words, x0, pos, u, r, table, rare, cfg.eps)
-        if "ema" in words:
-            used_u = mdm.stratify(u) if "strats" in words else u  # the u that draw_masks used
-            loss, ema = mdm.ema_baseline(loss, used_u, ema)
-
-        # The gradient. Seeds share no parameter. So row s of the gradient of the summed loss is
-        # the gradient of seed s alone.
-        loss = loss.mean(-1)  # (S,)
-        loss.sum().backward()
-        alive = diverged == 0
-        healthy, was_clipped = clip_per_seed(params, alive & torch.isfinite(loss), cfg.grad_clip)
-        diverged = torch.where(alive & ~healthy, step + 1, diverged)
-        gradclip = gradclip + was_clipped
-
         # The step.
+        batch = next(numbers)
+        if device.startswith("cuda") and step == first + RECORD_AFTER:
+            compute_gradient = recorded(compute_gradient, batch)
+        compute_gradient(*batch)
         optimizer.param_groups[0]["lr"] = learning_rate(cfg, step, steps)
         optimizer.step()
-        loss_sum = loss_sum + loss.detach()
 
         # The evaluation. It is quick, but not at the last step, nor if --until_nll may end it here.
         steps_done = step + 1
@@ -434,19 +446,33 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
         yield state
         if state["done"]:
             return
-        loss_sum = torch.zeros_like(loss_sum)
+        loss_sum.zero_()
         began = time.perf_counter()  # the time for saving is not counted
 
 
 def snapshot(state, model, optimizer, **changes):
-    """A new state with some changes. Weights are copied, because training changes them in place.
-    It makes all other tensors anew."""
-    return {
-        **state,
-        "model": copy.deepcopy(model.state_dict()),
-        "optimizer": copy.deepcopy(optimizer.state_dict()),
-        **changes,
-    }
+    """A new state with some changes. Tensors are copied, because training changes them in place."""
+    changes = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **changes}
+    return {**state, **copy.deepcopy(changes)}
+
+
+def recorded(function, inputs):
+    """A function of tensors as a CUDA graph: a GPU then runs all its kernels at one command.
+
+    A small model's gradient has 450 kernels. The GPU needs 1 ms for them, but Python 10 ms to start
+    them one by one. A graph repeats the kernels only, on the same memory: so the function must
+    change tensors in place, keep all shapes, and never ask for a value on the GPU."""
+    inputs = [x.clone() for x in inputs]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(inputs[0].device), torch.cuda.graph(graph):
+        function(*inputs)
+
+    def replay(*new_inputs):
+        for x, new in zip(inputs, new_inputs, strict=True):
+            x.copy_(new)
+        graph.replay()
+
+    return replay
 
 
 def clip_per_seed(params, healthy, max_norm):
@@ -670,6 +696,12 @@ def pick_device(name):
     except (RuntimeError, AssertionError, NotImplementedError, ValueError) as e:
         why = str(e).partition("\n")[0]
         fail(f"the device {name} cannot be used here ({why}): try --device=cpu")
+    if name.startswith("cuda"):
+        # The same command shall give the same numbers. By default a GPU adds up the embedding's
+        # gradient in any order, so that its last digits differ from run to run.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # this would only cost time
     return name
 
 
