@@ -90,7 +90,7 @@ SETTINGS = [
     Setting("variance", False, "measure the gradient's noise at the trained mdm", shared=False),
     Setting("baseline", "mdm", "the method to compare all others with", shared=False),
     Setting("device", "auto", "cpu, cuda, cuda:1, mps; auto takes the best there is"),
-    Setting("compile", False, "torch.compile the loss: takes 20 s, pays from some 8000 steps on"),
+    Setting("compile", False, "torch.compile: takes 20 s; on a CPU it pays from 8000 steps on"),
 ]
 TEXT_DEFAULTS = {"n_layer": 4, "n_embd": 128, "batch_size": 12, "steps": 2000}  # nanoGPT's on a CPU
 PAPER_SEEDS = [42, 731, 20231]  # in all tables of the paper

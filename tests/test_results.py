@@ -102,3 +102,26 @@ def test_the_law_tables_follow_from_the_lines():
                 measured = mine[at] / plain[at]
                 predicted = mine[f"{at}_law"] / plain[f"{at}_law"]
                 assert cell == without_zero(f"{measured / predicted:.2f}")
+
+
+def test_the_gpu_tables_follow_from_the_lines():
+    lines = [json.loads(line) for line in (RESULTS / "gpu.jsonl").read_text("utf-8").splitlines()]
+    by_seeds, by_mode, text = [rows for _, rows in tables(RESULTS / "README.md")
+                               if {"1 seed", "nanoGPT", "precision"} & set(rows[0])]  # fmt: skip
+    ms = {(x["part"], x["method"], x["seeds"], x["mode"]): x["ms"] for x in lines if "ms" in x}
+    for row in by_seeds:
+        method = row.pop("ms a step").strip("`")
+        for head, cell in row.items():
+            assert cell == f"{ms['steps', method, int(head.split()[0]), 'recorded']:#.3g}"
+    modes = ["recorded", "compiled, recorded", "eager", "compiled", "reduce-overhead"]
+    for row, mode in zip(by_mode, modes, strict=True):
+        for head, method in (("`train.py`", "arm"), ("nanoGPT", "nanoGPT")):
+            x = ms.get(("compiled", method, 1, mode))
+            assert row[head] == (f"{x:#.3g}" if x else "")
+    for row in text:
+        name = {"method": row["method"].strip("`"), "precision": row["precision"]}
+        mine = [x for x in lines if x.items() >= name.items()]
+        (speed,) = [x["tokens_per_s"] for x in mine if "tokens_per_s" in x]
+        assert row["tokens a second"] == f"{round(speed, -3):,.0f}"
+        nats = {f"{x['step']} steps": f"{x['nats']:.3f}" for x in mine if x.get("step")}
+        assert nats == {head: cell for head, cell in row.items() if "steps" in head and cell}
