@@ -500,6 +500,7 @@ def count_law(words, n, n_max, table=None):
 # A METHOD OF YOUR OWN goes here: a word without _ or capitals, described in MASKING, and an
 # `if` where it belongs: in draw_masks for u, r or the mask, in draw_rates for p and the weight.
 # Then train.py, its --help and sample.py know it. A word without an `if` changes nothing.
+# A GPU records the loss, so never ask a tensor for its value there, as .item() does.
 
 MASKING = {  # words that change the masks or their weights
     "ppots": "t from the density of least variance, measured by a pilot",

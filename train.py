@@ -283,7 +283,8 @@ def random_numbers(words, seeds, first_step, B, n, n_train, in_epochs, device):
 # --------------------------------------------------------------------------------------------------
 # Training.
 
-RECORD_AFTER = 3  # steps: by then torch has chosen its kernels, and a GPU may record them
+# The first steps run as usual, and torch loads its kernels. Then a GPU records a step.
+RECORD_AFTER = 3
 
 
 def model_config(cfg, method, data):
@@ -311,11 +312,11 @@ def learning_rate(cfg, step, steps):
     return cfg.lr * (steps - step) / (steps - cfg.warmup)
 
 
-def sequence_loss(model, words, x0, pos, u, r, table, rare, eps):
+def sequence_loss(model, words, x0, pos, u, r, table, is_rare_token, eps):
     """The loss of each sequence, (S, B), for x0 (S, B, T)."""
     if "arm" in words:
         return mdm.token_nll(model, x0, pos).mean(-1)
-    is_rare = torch.isin(x0[..., pos], rare) if "isad" in words else None  # (S, B, n)
+    is_rare = is_rare_token[x0[..., pos]] if "isad" in words else None  # (S, B, n)
     masking = words & mdm.MASKING.keys()  # train() and build() see to the others
     mask, weight = mdm.draw_masks(masking, u, r, table=table, eps=eps, is_rare=is_rare)
     return mdm.method_loss(model, x0, pos, mask, weight)
@@ -367,15 +368,16 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
     if "optimizer" in state:
         optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # or steps would change it
     first = state["step"]
-    # A step changes these in place. `state` keeps their values at the last evaluation.
+    # Training changes these in place, so they are copies. `state` keeps the last evaluation's.
     names = ("diverged", "gradclip", "table", "ema")
     diverged, gradclip, table, ema = (state[name].to(device, copy=True) for name in names)
     loss_sum = torch.zeros(len(seeds), device=device)  # since the last evaluation
-    clock = torch.full((), first, device=device)  # the number of steps begun
+    clock = torch.full((), first, device=device)  # the steps begun: a graph knows tensors only
 
     # The data, and the random numbers of each step.
     train_x = data.train_blocks(device)  # (n_train, T), all on the device
-    rare = torch.tensor(data.rare, dtype=torch.int64, device=device)
+    is_rare_token = torch.zeros(len(data.vocabulary), dtype=torch.bool, device=device)  # for ISAD
+    is_rare_token[data.rare] = True
     n = len(pos)
     in_epochs = not data.is_text
     numbers = random_numbers(words, seeds, first, B, n, len(train_x), in_epochs, device)
@@ -383,14 +385,15 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
     pilot_passes = n_pilot * min(n, mdm.N_COUNTS)  # forward, for each sequence and mask
 
     def compute_gradient(idx, u, r):
-        """The gradient of a step. idx says which sequences; u is for rates, and r for masks. All
-        tensors that outlive it change in place, so that a GPU can record it."""
+        """The gradient of a step, left in each parameter's .grad. idx says which sequences; u is
+        for rates, and r for masks. A GPU records this function once and then repeats it: see
+        recorded(). So it changes in place all that it keeps. Nobody else may clear .grad."""
         clock.add_(1)
         optimizer.zero_grad()
 
         # The loss of each sequence, (S, B).
         x0 = train_x[idx].long()  # (S, B, T)
-        loss = loss_of(model, words, x0, pos, u, r, table, rare, cfg.eps)
+        loss = loss_of(model, words, x0, pos, u, r, table, is_rare_token, cfg.eps)
         if "ema" in words:
             used_u = mdm.stratify(u) if "strats" in words else u  # the u that draw_masks used
             loss, new_ema = mdm.ema_baseline(loss, used_u, ema)
@@ -421,7 +424,7 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
         # The step.
         batch = next(numbers)
         if device.startswith("cuda") and step == first + RECORD_AFTER:
-            compute_gradient = recorded(compute_gradient, batch)
+            compute_gradient = recorded(compute_gradient, batch)  # this does not run it yet
         compute_gradient(*batch)
         optimizer.param_groups[0]["lr"] = learning_rate(cfg, step, steps)
         optimizer.step()
@@ -451,17 +454,19 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
 
 
 def snapshot(state, model, optimizer, **changes):
-    """A new state with some changes. Tensors are copied, because training changes them in place."""
+    """The old state with these changes. All is copied, since training goes on in place."""
     changes = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **changes}
     return {**state, **copy.deepcopy(changes)}
 
 
 def recorded(function, inputs):
-    """A function of tensors as a CUDA graph: a GPU then runs all its kernels at one command.
+    """Record a function of tensors as a CUDA graph. Returns a function that repeats it.
 
-    A small model's gradient has 450 kernels. The GPU needs 1 ms for them, but Python 10 ms to start
-    them one by one. A graph repeats the kernels only, on the same memory: so the function must
-    change tensors in place, keep all shapes, and never ask for a value on the GPU."""
+    A small model's gradient takes some 450 kernels, the GPU's programs. The GPU needs 1 ms for
+    them. But Python needs 10 ms to start them one by one. A graph starts all with one command.
+
+    A graph repeats the kernels on the same memory, and no Python. So the function must keep all
+    shapes, put its results in place, and never ask the GPU for a value."""
     inputs = [x.clone() for x in inputs]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(inputs[0].device), torch.cuda.graph(graph):
@@ -687,7 +692,8 @@ def result_lines(cfg, method, seeds, data, state, start):
 
 
 def pick_device(name):
-    """The torch name of a device: what --device says, or the best there is for "auto"."""
+    """The torch name of a device: what --device says, or the best there is for "auto". On CUDA it
+    also makes torch deterministic."""
     if name == "auto":
         there = torch.accelerator.is_available()
         name = torch.accelerator.current_accelerator().type if there else "cpu"
@@ -697,11 +703,11 @@ def pick_device(name):
         why = str(e).partition("\n")[0]
         fail(f"the device {name} cannot be used here ({why}): try --device=cpu")
     if name.startswith("cuda"):
-        # The same command shall give the same numbers. By default a GPU adds up the embedding's
-        # gradient in any order, so that its last digits differ from run to run.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it
+        # The same command shall give the same numbers. By default a GPU may add numbers in any
+        # order, and then the last digits differ from run to run.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else matrix products refuse
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # this would only cost time
+        torch.utils.deterministic.fill_uninitialized_memory = False  # filling costs time
     return name
 
 

@@ -40,9 +40,9 @@ class Mode(NamedTuple):
 
 
 MODES = {
+    "eager": Mode(),  # train.py on a CPU
     "recorded": Mode(recorded=True),  # train.py on a GPU
     "compiled, recorded": Mode("default", recorded=True),  # train.py --compile on a GPU
-    "eager": Mode(),  # train.py on a CPU
     "compiled": Mode("default"),  # train.py --compile on a CPU
     "reduce-overhead": Mode("reduce-overhead"),
 }
@@ -70,7 +70,7 @@ def our_training(cfg, data, device, method, n_seeds, mode, mark):
     with (
         patch.object(cfg, "compile", bool(compiler)),
         patch.object(torch, "compile", partial(torch.compile, mode=compiler)),
-        patch.object(train, "RECORD_AFTER", 3 if is_recorded else -1),
+        patch.object(train, "RECORD_AFTER", train.RECORD_AFTER if is_recorded else -1),
         patch.object(train, "learning_rate", mark_and_rate),
         patch.object(train, "evaluate", lambda *_, **quick: {"nll": [9.0] * n_seeds}),
     ):
@@ -138,7 +138,7 @@ def steps_in_turns(args, device, methods, numbers, modes):
         if ("nanoGPT", 1, mode) in found:
             line["x_nanoGPT"] = ms / S / found["nanoGPT", 1, mode]
         compiled = [m for m in modes if MODES[m].compiler and (method, S, m) in found]
-        if mode in compiled[:1]:  # its programs serve the other modes, too
+        if mode in compiled[:1]:  # its programs serve others, too
             without = "recorded" if MODES[mode].recorded else "eager"
             line["compiling_s"] = start - rounds[0][method, S, without][1]
             saved = found[method, S, without] - ms
@@ -206,14 +206,15 @@ def computed(cfg, data, method, device):
     pilot_r = torch.rand(2, 32, n, n, generator=draw).to(device)
     response = torch.rand(2, 32, n, generator=draw).to(device) < 0.5  # any of the tokens
     x0 = data.train[:64].view(2, 32, -1).to(device)
-    rare = torch.tensor(data.rare, device=device)
-    is_rare = torch.isin(x0[..., pos], rare)
+    is_rare_token = torch.isin(torch.arange(len(data.vocabulary)), torch.tensor(data.rare))
+    is_rare_token = is_rare_token.to(device)
+    is_rare = is_rare_token[x0[..., pos]]
     counts, H = mdm.pilot(model, x0, pos, pilot_r)
     table = mdm.ppots_table(counts, H, n, fit="grid")
     masking = words & mdm.MASKING.keys()
     draws = mdm.draw_masks(masking, u, r, table=table, is_rare=is_rare, response=response)
     states = mdm.generate(model, x0.index_fill(-1, pos, model.config.vocab_size), pos)
-    loss = train.sequence_loss(model, words, x0, pos, u, r, table, rare, cfg.eps)
+    loss = train.sequence_loss(model, words, x0, pos, u, r, table, is_rare_token, cfg.eps)
     if "ema" in words:
         loss, _ = mdm.ema_baseline(loss, u, torch.ones(2, 10, device=device))
     loss.sum().backward()
@@ -251,17 +252,19 @@ def resume(args, device, method):
     yield {"method": method, **found, "ok": found["resumed"] == 0 and found["alone"] <= 1e-4}
 
 
-def sync(args, device, method):
-    """Does the CPU wait for the GPU, from the first recorded step on? torch raises then."""
+def sync(args, device, method, dataset="add3"):
+    """Does the CPU wait for the GPU once a step is recorded? torch raises then."""
     on_cuda = device.startswith("cuda")
     listen = torch.cuda.set_sync_debug_mode if on_cuda else lambda mode: None
     listen("default")  # the case before may have failed
-    cfg, data = prepare(args, method="isad", isad_tokens="12", steps=100)
+    rare = {"isad_tokens": "12"} if dataset == "add3" else {}  # a text has rare ones of its own
+    cfg, data = prepare(args, method="isad", dataset=dataset, steps=100, **rare)
     cfg.ppots_refits = 1  # in step 0, which may wait
     n_calls = itertools.count()
     mark = lambda: listen("error" if WARM_UP < next(n_calls) < cfg.steps - 1 else "default")
     our_training(cfg, data, device, method, 3, "recorded", mark)
-    yield {"method": method, "ok": True if on_cuda else "skipped: no CUDA"}
+    ok = True if on_cuda else "skipped: no CUDA"
+    yield {"method": method, "dataset": dataset, "ok": ok}
 
 
 def compare(args, device):
@@ -298,15 +301,17 @@ def text(args, device, method, precision):
 
 
 CHECKED = [*METHODS, *mdm.MASKING, "syrm", "ema", "ppots_exactk", "clipped_exactk"]
-WATCHED = [*METHODS, "exactk_strats_mirror", "sqrtk_batch2", "isad_ema", "syrm", "multi2"]
+WATCHED = [*METHODS, "exactk_strats_mirror", "sqrtk_batch2", "isad_ema", "syrm", "multi2",
+           "ppots_exactk", "clipped_exactk"]  # fmt: skip
 PARTS = {  # name: (function, cases, the most important first, and the limit in seconds)
     "check": (check, [[method] for method in CHECKED], 40),
-    "resume": (resume, [[method] for method in METHODS], 30),
-    "sync": (sync, [[method] for method in WATCHED], 30),
+    "resume": (resume, [[method] for method in [*METHODS, "strats_ema"]], 40),
+    "sync": (sync, [[m] for m in WATCHED] + [["isad", "shakespeare_char"]], 40),
     "compare": (compare, [[]], 40),
     "steps": (steps_in_turns,
               [[METHODS, [1, 8, 32, 128], ["recorded"]], [METHODS, [1, 32], ["eager"]]], 90),
-    "compiled": (steps_in_turns, [[["arm"], [1], MODES]], 90),
+    "compiled": (steps_in_turns,
+                 [[["arm"], [1], MODES], [["mdm"], [32], list(MODES)[:3]]], 120),
     "text": (text, [[m, p] for p in ("tf32", "bf16") for m in ("arm", "mdm", "sqrtk")], 280),
 }  # fmt: skip
 
