@@ -267,6 +267,36 @@ def sync(args, device, method, dataset="add3"):
     yield {"method": method, "dataset": dataset, "ok": ok}
 
 
+def profile(args, device, method, S):
+    """Which kernels take the time of a recorded step? Microseconds and calls a step, the longest
+    first."""
+    on_cuda = device.startswith("cuda")
+    activities = torch.profiler.ProfilerActivity
+    profiler = torch.profiler.profile(activities=[activities.CUDA if on_cuda else activities.CPU])
+    cfg, data = prepare(args, method=method, steps=WARM_UP + 40)
+    cfg.ppots_refits = 1  # in step 0
+    first, last = (2, 6) if args.tiny else (WARM_UP, WARM_UP + 30)
+    n_calls = itertools.count()
+
+    def mark():
+        call = next(n_calls)
+        if on_cuda and call in (first, last):
+            torch.cuda.synchronize()
+        if call == first:
+            profiler.start()
+        if call == last:
+            profiler.stop()
+
+    our_training(cfg, data, device, method, S, "recorded", mark)
+    time_of = "self_device_time_total" if on_cuda else "self_cpu_time_total"
+    found = [(getattr(e, time_of) / (last - first), e.count / (last - first), e.key[:90])
+             for e in profiler.key_averages()]  # fmt: skip
+    found = [x for x in sorted(found, reverse=True) if x[0] > 0]
+    yield {"method": method, "seeds": S, "us": sum(us for us, _, _ in found)}
+    for us, calls, kernel in found[:12]:
+        yield {"method": method, "seeds": S, "us": us, "calls": calls, "kernel": kernel}
+
+
 def compare(args, device):
     """`python train.py` with its default flags: seconds and accuracies."""
     cfg, data = prepare(args)
@@ -310,6 +340,7 @@ PARTS = {  # name: (function, cases, the most important first, and the limit in 
     "compare": (compare, [[]], 40),
     "steps": (steps_in_turns,
               [[METHODS, [1, 8, 32, 128], ["recorded"]], [METHODS, [1, 32], ["eager"]]], 90),
+    "profile": (profile, [["mdm", 32], ["mdm", 1]], 30),
     "compiled": (steps_in_turns,
                  [[["arm"], [1], MODES], [["mdm"], [32], list(MODES)[:3]]], 120),
     "text": (text, [[m, p] for p in ("tf32", "bf16") for m in ("arm", "mdm", "sqrtk")], 280),
