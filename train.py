@@ -387,7 +387,8 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
     def compute_gradient(idx, u, r):
         """The gradient of a step, left in each parameter's .grad. idx says which sequences; u is
         for rates, and r for masks. A GPU records this function once and then repeats it: see
-        recorded(). So it changes in place all that it keeps. Nobody else may clear .grad."""
+        recorded(). So all that it keeps stays at its place in memory. And nobody else may clear
+        .grad, or the optimizer would not see the recording's gradients."""
         clock.add_(1)
         optimizer.zero_grad()
 
@@ -424,7 +425,7 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
         # The step.
         batch = next(numbers)
         if device.startswith("cuda") and step == first + RECORD_AFTER:
-            compute_gradient = recorded(compute_gradient, batch)  # this does not run it yet
+            compute_gradient = recorded(compute_gradient, batch)  # no step yet
         compute_gradient(*batch)
         optimizer.param_groups[0]["lr"] = learning_rate(cfg, step, steps)
         optimizer.step()
@@ -454,7 +455,7 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
 
 
 def snapshot(state, model, optimizer, **changes):
-    """The old state with these changes. All is copied, since training goes on in place."""
+    """The old state with new values. They are copied, since training goes on in place."""
     changes = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **changes}
     return {**state, **copy.deepcopy(changes)}
 
@@ -470,7 +471,7 @@ def recorded(function, inputs):
     inputs = [x.clone() for x in inputs]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(inputs[0].device), torch.cuda.graph(graph):
-        function(*inputs)
+        function(*inputs)  # Python runs once, but the GPU only notes the kernels
 
     def replay(*new_inputs):
         for x, new in zip(inputs, new_inputs, strict=True):
