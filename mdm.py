@@ -213,9 +213,9 @@ EPS = 1e-3  # the smallest p, as in LLaDA
 
 def rate_to_p_mask(t, eps=EPS):
     """p, the probability of hiding a token at the rate t, squeezed into (eps, 1). Without eps the
-    variance would be infinite (OURS). At a small t the loss is 0, but with probability n t a token
-    is hidden and l = H/(n t). So E[l^2 | t] is n t (H/(n t))^2 = H^2/(n t). Its integral over t
-    grows like log(1/eps). The price: L is a mean over p in (eps, 1), not (0, 1)."""
+    variance would be infinite (OURS). At a small t the loss is mostly 0. With probability n t a
+    token is hidden, and l = H/(n t). So E[l^2 | t] is n t (H/(n t))^2 = H^2/(n t). Its integral
+    over t grows like log(1/eps). The price: L is a mean over p in (eps, 1), not (0, 1)."""
     return (1 - eps) * t + eps
 
 
@@ -235,16 +235,16 @@ def rate_to_p_mask(t, eps=EPS):
 # example, plain training hides token i with probability p, and then its weight is 1/p. So the mean
 # of W^2 is p (1/p)^2 = 1/p at this p. Its mean over p in (EPS, 1) is about ln(1/EPS).
 #
-#     name, and what it is                    noise in ARMs              n = 4   n = 13   n = 64
-#     mdm         plain                       ln(1/EPS)                   6.91     6.91     6.91
-#     ppots       section 4, if H = k         (numerically)               4.50     5.02     6.05
-#                 the same, with fit="grid"   (numerically)               3.94     4.39     5.28
-#     mirror      section 5; two passes       ln(1/EPS)/2 + ln 2 - 1/2    3.65     3.65     3.65
-#     multi2      two independent masks; two  ln(1/EPS)/2 + 1/2           3.95     3.95     3.95
-#     mdm_batch2  half of mdm's; two          ln(1/EPS)/2                 3.45     3.45     3.45
-#     clipped     section 6; biased           ln(.8/.3) / .5              1.96     1.96     1.96
-#     exactk      section 7                   1 + 1/2 + ... + 1/n         2.08     3.18     4.74
-#     sqrtk       section 7                   (sum_k k^-1/2)^2 / n        1.94     2.67     3.33
+#     name        what it is                passes  noise in ARMs            n = 4  n = 13  n = 64
+#     mdm         plain training               1    ln(1/EPS)                 6.91    6.91    6.91
+#     ppots       section 4, if H = k          1    (numerically)             4.50    5.02    6.05
+#                 the same, with fit="grid"    1    (numerically)             3.94    4.39    5.28
+#     clipped     section 6; biased            1    ln(.8/.3) / .5            1.96    1.96    1.96
+#     exactk      section 7                    1    1 + 1/2 + ... + 1/n       2.08    3.18    4.74
+#     sqrtk       section 7                    1    (sum_k k^-1/2)^2 / n      1.94    2.67    3.33
+#     mirror      section 5                    2    ln(1/EPS)/2 + ln 2 - 1/2  3.65    3.65    3.65
+#     multi2      two masks of the same t      2    ln(1/EPS)/2 + 1/2         3.95    3.95    3.95
+#     mdm_batch2  twice the batch              2    ln(1/EPS)/2               3.45    3.45    3.45
 #
 # The law has limits. A real ARM has other gradients than an MDM. What tokens have in common is left
 # out, and with it most of noise B. While a model learns, its tokens are not equally strong. Then a
@@ -453,9 +453,9 @@ def clipped(u, low=0.3, high=0.8):
 # --------------------------------------------------------------------------------------------------
 # 7. By count: hide exactly k tokens.
 #
-# At t = .3 the example hides token 1 only: k = 1. Plain training divides H by n t = 1.2. But H
-# depends on the mask alone. So the spread of 1/t, for one and the same mask, only adds noise. The
-# best weight is the mean of 1/t given k (Rao-Blackwell). It is (n + 1)/k: t is Beta(k+1, n-k+1).
+# At t = .3 the example hides token 1 only: k = 1. Plain training divides H by n t = 1.2. At t = .2
+# the mask and its H are the same, but n t is 0.8. This spread only adds noise. The best weight is
+# the mean of 1/t given k (Rao-Blackwell). It is (n + 1)/k, because t given k is Beta(k+1, n-k+1).
 #
 # At t = .05 the example hides nothing. Plain training draws such an empty mask once in n + 1 times.
 # If we never draw it, all others come (n + 1)/n times as often. So their weight falls to n/k: in
@@ -464,12 +464,12 @@ def clipped(u, low=0.3, high=0.8):
 # this is n/k again. This is exactly unbiased, and needs no EPS:
 #
 #     exactk          P(k) = 1/n            (RADD, arXiv 2406.03736; LLaDA's evaluation)
-#     sqrtk           P(k) ~ 1/sqrt(k)      OURS: the smallest possible E[W^2]
+#     sqrtk           P(k) ~ 1/sqrt(k)      OURS: of all P(k), the smallest E[W^2]
 #     ppots_exactk    P(k) ~ integral of q(t) Bin(k; n, t), the counts that P-POTS hides. OURS
 #     clipped_exactk  the counts and mean weights of clipped rates, and as BIASED. OURS
 #
-# By section 3 exactk gains nothing near n = 560: there its noise 1 + 1/2 + ... + 1/n is 6.9, too.
-# The noise of sqrtk never passes 4 ARMs.
+# By section 3 exactk gains nothing at n = 560, where 1 + 1/2 + ... + 1/n is 6.9, too. For longer
+# responses it loses. The noise of sqrtk never passes 4 ARMs.
 
 
 def count_law(words, n, n_max, table=None):
@@ -500,7 +500,8 @@ def count_law(words, n, n_max, table=None):
 # A METHOD OF YOUR OWN goes here: a word without _ or capitals, described in MASKING, and an
 # `if` where it belongs: in draw_masks for u, r or the mask, in draw_rates for p and the weight.
 # Then train.py, its --help and sample.py know it. A word without an `if` changes nothing.
-# A GPU records the loss, so never ask a tensor for its value there, as .item() does.
+# On a GPU these lines are recorded once and repeated. So never ask a tensor for its value there, as
+# .item() does.
 
 MASKING = {  # words that change the masks or their weights
     "ppots": "t from the density of least variance, measured by a pilot",
@@ -660,9 +661,9 @@ def noise_in_arms(method, n, table=None, eps=EPS):
 #     the data                 C                            same_data * K
 #     nothing                  nothing                      same_data * K_mean
 #
-# Each line is a sum over pairs of masks m, m'. A pair adds the mean of c c', if G draws m and G'
-# draws m', times K_mm' = E_{x0} <G_m, G_m'>. (They factor: masks are drawn without the data.) In
-# the last line K_mean_mm' = <E_{x0} G_m, E_{x0} G_m'> replaces K_mm'.
+# Each line is a sum over pairs of masks m, m'. A pair adds K_mm' = E_{x0} <G_m, G_m'> times the
+# mean of c c', where c c' counts as 0 unless G draws m and G' draws m'. (They factor: masks are
+# drawn without the data.) In the last line K_mean_mm' = <E_{x0} G_m, E_{x0} G_m'> replaces K_mm'.
 
 
 def sample_gradients(model, x0, pos, mask, weight):

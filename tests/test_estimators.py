@@ -547,7 +547,8 @@ def test_the_demonstration_runs_alone(tmp_path):
         assert (law == measured == 100) == (method == "mdm")
 
 
-def test_the_readmes_snippet_runs_as_it_stands(monkeypatch):
+@pytest.mark.parametrize("method", ["sqrtk", "sqrtk_mirror"])
+def test_the_readmes_snippet_runs_as_it_stands(monkeypatch, method):
     """Prompts of 2 tokens, responses of 1 to 4, padding, and a model as Hugging Face has them. With
     torch.rand replaced by 500 numbers u times all orders of r, the snippet's gradient is that of
     the bound, to 1 %. The block with `pilot_batch` gives the exact table."""
@@ -586,7 +587,7 @@ def test_the_readmes_snippet_runs_as_it_stands(monkeypatch):
 
     monkeypatch.setattr(torch, "rand", rand)
     names = {"model": model, "mask_id": 5, "batch": batch, "pilot_batch": pilot_batch}
-    exec(step, names)
+    exec(step.replace('"sqrtk"', f'"{method}"'), names)
     masks = mdm.all_masks(4)  # of n < 4 tokens, the first 2^n are all
     xt = torch.where(pad(masks, (2, 0)), 5, ids[:, None]).flatten(0, 1)
     logp = model(xt, seen.long().repeat_interleave(16, 0)).logits.log_softmax(-1).view(4, 16, 6, 5)
