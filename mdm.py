@@ -501,7 +501,7 @@ def count_law(words, n, n_max, table=None):
 # `if` where it belongs: in draw_masks for u, r or the mask, in draw_rates for p and the weight.
 # Then train.py, its --help and sample.py know it. A word without an `if` changes nothing.
 # On a GPU these lines are recorded once and repeated. So never ask a tensor for its value there, as
-# .item() does.
+# .item() does, and make no tensor from a Python list.
 
 MASKING = {  # words that change the masks or their weights
     "ppots": "t from the density of least variance, measured by a pilot",

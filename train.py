@@ -359,7 +359,10 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
     params = list(model.parameters())
     betas = (0.9, cfg.beta2)
     optimizer = torch.optim.AdamW(params, cfg.lr, betas, weight_decay=cfg.weight_decay, fused=True)
-    loss_of = torch.compile(sequence_loss) if cfg.compile else sequence_loss
+    loss_of = sequence_loss
+    if cfg.compile:
+        torch.compiler.reset()  # else torch compiles the function for eight methods only
+        loss_of = torch.compile(sequence_loss)
 
     # The state: new, or where an earlier training stopped.
     state = new_state(seeds, steps, device) | (state or {})
@@ -376,8 +379,8 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
 
     # The data, and the random numbers of each step.
     train_x = data.train_blocks(device)  # (n_train, T), all on the device
-    is_rare_token = torch.zeros(len(data.vocabulary), dtype=torch.bool, device=device)  # for ISAD
-    is_rare_token[data.rare] = True
+    rare = torch.tensor(data.rare, dtype=torch.long)
+    is_rare_token = torch.isin(torch.arange(len(data.vocabulary)), rare).to(device)  # for ISAD
     n = len(pos)
     in_epochs = not data.is_text
     numbers = random_numbers(words, seeds, first, B, n, len(train_x), in_epochs, device)
@@ -414,6 +417,8 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
         point = {"step": 0, "loss": [None] * len(seeds), **evaluate(model, data, quick=True)}
         state = snapshot(state, model, optimizer, curve=[point])
         yield state
+    # torch calls AMD's GPUs cuda, too. But they may repeat a recording wrongly, without an error.
+    can_record = device.startswith("cuda") and not torch.version.hip
     began = time.perf_counter()
 
     for step in range(first, steps):
@@ -424,7 +429,7 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
 
         # The step.
         batch = next(numbers)
-        if device.startswith("cuda") and step == first + RECORD_AFTER:
+        if can_record and step == first + RECORD_AFTER:
             compute_gradient = recorded(compute_gradient, batch)  # no step yet
         compute_gradient(*batch)
         optimizer.param_groups[0]["lr"] = learning_rate(cfg, step, steps)

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 VERSION = 5  # of checkpoints; raise it when the model or the random draws change
+OUT_OF_MEMORY = ["memoryerror", "out of memory", "enough memory", "allocate memory", "alloc_failed"]
 
 
 def fail(message):
@@ -117,7 +118,7 @@ def guarded(main):
         return 1
     except (RuntimeError, MemoryError) as e:  # torch raises a RuntimeError
         said = repr(e).lower()
-        if "memory" not in said or "illegal" in said:
+        if not any(words in said for words in OUT_OF_MEMORY):
             raise
         fail("out of memory: lower --n_seeds, --batch_size, --n_embd, --n_layer or --block_size")
 

@@ -70,6 +70,7 @@ def our_training(cfg, data, device, method, n_seeds, mode, mark):
     with (
         patch.object(cfg, "compile", bool(compiler)),
         patch.object(torch, "compile", partial(torch.compile, mode=compiler)),
+        patch.object(torch.compiler, "reset"),  # another round finds its programs again
         patch.object(train, "RECORD_AFTER", train.RECORD_AFTER if is_recorded else -1),
         patch.object(train, "learning_rate", mark_and_rate),
         patch.object(train, "evaluate", lambda *_, **quick: {"nll": [9.0] * n_seeds}),
@@ -206,8 +207,8 @@ def computed(cfg, data, method, device):
     pilot_r = torch.rand(2, 32, n, n, generator=draw).to(device)
     response = torch.rand(2, 32, n, generator=draw).to(device) < 0.5  # any of the tokens
     x0 = data.train[:64].view(2, 32, -1).to(device)
-    is_rare_token = torch.isin(torch.arange(len(data.vocabulary)), torch.tensor(data.rare))
-    is_rare_token = is_rare_token.to(device)
+    rare = torch.tensor(data.rare)
+    is_rare_token = torch.isin(torch.arange(len(data.vocabulary)), rare).to(device)
     is_rare = is_rare_token[x0[..., pos]]
     counts, H = mdm.pilot(model, x0, pos, pilot_r)
     table = mdm.ppots_table(counts, H, n, fit="grid")
@@ -271,6 +272,7 @@ def profile(args, device, method, S):
     """Which kernels take the time of a recorded step? Microseconds and calls a step, the longest
     first."""
     on_cuda = device.startswith("cuda")
+    os.environ["TEARDOWN_CUPTI"] = "0"  # or a second profile may see nothing
     activities = torch.profiler.ProfilerActivity
     profiler = torch.profiler.profile(activities=[activities.CUDA if on_cuda else activities.CPU])
     cfg, data = prepare(args, method=method, steps=WARM_UP + 40)
@@ -292,6 +294,8 @@ def profile(args, device, method, S):
     found = [(getattr(e, time_of) / (last - first), e.count / (last - first), e.key[:90])
              for e in profiler.key_averages()]  # fmt: skip
     found = [x for x in sorted(found, reverse=True) if x[0] > 0]
+    if not found:
+        raise RuntimeError("the profiler saw no kernels")
     yield {"method": method, "seeds": S, "us": sum(us for us, _, _ in found)}
     for us, calls, kernel in found[:12]:
         yield {"method": method, "seeds": S, "us": us, "calls": calls, "kernel": kernel}
@@ -354,7 +358,8 @@ def say(part, **found):
 
 
 def run_part(name, function, cases, args, device):
-    """Say what a function finds. A case that fails costs none of the others."""
+    """Say what a function finds. A case that fails costs none of the others, unless it failed in a
+    recording: then believe none of the part's later cases."""
     sys.stdout = sys.stderr  # for all that others print
     for case in cases:
         try:

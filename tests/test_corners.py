@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -204,6 +205,16 @@ def test_compile_compiles(monkeypatch):
     compiled.assert_called_once_with(train.sequence_loss)
     run()
     compiled.assert_called_once()
+
+
+def test_every_method_is_compiled(monkeypatch):
+    """torch keeps a few programs of a function, here one, and then stops compiling it."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "cache_size_limit", 1)
+    for name in ("fail_on_cache_limit_hit", "fail_on_recompile_limit_hit"):  # old and new torch
+        if hasattr(torch._dynamo.config, name):
+            monkeypatch.setattr(torch._dynamo.config, name, True)
+    run("--compile", "--method=mdm,sqrtk,arm")
 
 
 def test_report_takes_folders_and_a_baseline(monkeypatch):

@@ -472,9 +472,13 @@ def test_out_of_memory_and_a_full_disk_are_one_line(capsys, monkeypatch):
     assert "No space left" in refused(capsys, main=guarded)
     monkeypatch.setattr(train, "build", lambda *_: torch.empty(2**60))
     assert "--n_embd" in refused(capsys, main=guarded)
-    monkeypatch.setattr(train, "build", lambda *_: torch.zeros(2) @ torch.zeros(3))
-    with pytest.raises(RuntimeError, match="size"):  # a bug is not mistaken for it
-        guarded(SUMS)
+    for error in (torch.OutOfMemoryError("CUDA"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")):
+        monkeypatch.setattr(train, "build", Mock(side_effect=error))
+        assert "--n_embd" in refused(capsys, main=guarded)
+    for bug in ("illegal memory access", "in a CUDA graph, allocate the tensor with pin_memory=True"):
+        monkeypatch.setattr(train, "build", Mock(side_effect=RuntimeError(bug)))
+        with pytest.raises(RuntimeError, match=bug):  # it is not mistaken for too little memory
+            guarded(SUMS)
 
 
 def test_a_tilde_is_the_home_folder(monkeypatch, tmp_path):
