@@ -498,10 +498,10 @@ def count_law(words, n, n_max, table=None):
 # 8. A method is a set of words. "ppots_mirror" is {"ppots", "mirror"}; "mdm" is the empty set.
 #
 # A METHOD OF YOUR OWN goes here: a word without _ or capitals, described in MASKING, and an
-# `if` where it belongs: in draw_masks for u, r or the mask, in draw_rates for p and the weight.
-# Then train.py, its --help and sample.py know it. A word without an `if` changes nothing.
-# On a GPU these lines are recorded once and repeated. So never ask a tensor for its value there, as
-# .item() does, and make no tensor from a Python list.
+# `if` where it belongs: in draw_masks for u, r or the mask, in draw_rates for p and the weight, in
+# work() if it draws two masks. Then train.py, its --help and sample.py know it. A word without an
+# `if` changes nothing. On a GPU these lines are recorded once and repeated. So never ask a tensor
+# for its value there, as .item() does, and make no tensor from a Python list.
 
 MASKING = {  # words that change the masks or their weights
     "ppots": "t from the density of least variance, measured by a pilot",

@@ -542,8 +542,10 @@ def evaluate(model, data, quick=False):
     if not data.is_text:
         scores["accuracy"] = accuracy(model, data, 512 if quick else None).tolist()
     nll = bound(model, data, 128 if quick else 512)  # (S, n_sequences)
+    n_sequences = nll.shape[1]
+    sd = nll.std(1) if n_sequences > 1 else torch.full_like(nll[:, 0], torch.nan)
     scores["nll"] = nll.mean(1).tolist()
-    scores["nll_se"] = (nll.std(1) / nll.shape[1] ** 0.5).tolist()
+    scores["nll_se"] = (sd / n_sequences**0.5).tolist()
     return scores
 
 
@@ -632,7 +634,7 @@ def default_folder(cfg):
     parts = [Path(cfg.dataset).stem, *(f"{name}{value}" for name, value in changes.items())]
     if cfg.init_from:
         parts.append("from_" + Path(cfg.init_from).name)
-    return os.path.join("out", "_".join(parts))
+    return os.path.join("out", "_".join(parts).replace(",", "-"))  # a comma separates folders
 
 
 def load_start(cfg, method, data):
@@ -729,6 +731,8 @@ def main(argv=None):
             return report.main(out_dir.split(","), cfg.baseline)
         except ValueError as e:
             fail(e)
+    if "," in cfg.out_dir:
+        fail(f"--out_dir={cfg.out_dir}: only --report takes several folders; leave out the comma")
     if cfg.variance and "mdm" not in methods:
         fail("--variance measures at the plain MDM's weights: add mdm to --method")
     data = load_data(cfg, methods)
@@ -779,6 +783,8 @@ def train_and_save(cfg, method, seeds, data, device, start):
         if cfg.resume and os.path.exists(path):
             state = runs.load_checkpoint(path)["state"]
             print(f"{method:>20} resumed: {state['step']} of {state['steps']} steps are done")
+        elif cfg.resume:
+            print(f"{method:>20} begins: {cfg.out_dir} has no checkpoint of it with these seeds")
         if not state.get("done"):
             for state in train(cfg, method, seeds, data, device, state):
                 save(cfg, method, seeds, data, state, path)

@@ -48,7 +48,8 @@ def machine(device):
     processor = platform.processor() or platform.machine()
     commit = ""
     with contextlib.suppress(OSError):  # only Linux has this file
-        names = [x for x in Path("/proc/cpuinfo").open() if x.startswith("model name")]
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line for line in lines if line.startswith("model name")]
         processor = names[0].split(":")[1].strip() if names else processor
     if device.startswith("cuda"):
         processor = torch.cuda.get_device_name(device)
@@ -109,7 +110,7 @@ def guarded(main):
         sys.stdout.flush()  # a closed pipe is noticed here, not at the exit
         return code
     except KeyboardInterrupt:
-        print("\nstopped (train.py goes on with --resume)", file=sys.stderr)
+        print("\nstopped (with --resume, the same train.py command goes on)", file=sys.stderr)
         return 130
     except OSError as e:
         sys.stdout = open(os.devnull, "w")  # flushing it at exit would fail again
@@ -140,9 +141,12 @@ def read_settings(out_dir):
         return None
     try:
         with open(path, encoding="utf-8") as f:
-            return json.load(f)
+            settings = json.load(f)
     except (OSError, ValueError) as e:
         fail(f"cannot read {path}: {e}")
+    if not isinstance(settings, dict) or "dataset" not in settings:
+        fail(f"{path} is damaged: mend it, or take another --out_dir")
+    return settings
 
 
 def join_folder(out_dir, settings):
@@ -174,11 +178,12 @@ def read_results(out_dir):
     if not os.path.exists(path):
         return []
     by_run = {}
-    with open(path, encoding="utf-8") as f:
+    with open(path, "rb") as f:
         for number, text in enumerate(f, 1):
             try:
                 line = json.loads(text)
                 by_run[run_of(line)] = line
+                line["passes"], line["diverged"]  # KeyError if the report cannot use the line
             except (ValueError, TypeError, KeyError):
                 fail(f"line {number} of {path} is damaged, or of an older version: mend it, or "
                      "move it to another file")
@@ -214,11 +219,9 @@ def load_checkpoint(path):
     """The dictionary in a checkpoint, on the CPU."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as e:
-        fail(f"cannot read {path}: {e.strerror or e}")
     except Exception as e:  # torch raises many kinds of errors for a bad file
-        why = str(e).partition("\n")[0][:100]
-        fail(f"{path} is no checkpoint, or damaged, or too large ({why}): move it away")
+        why = str(e).partition("\n")[0][:100] or type(e).__name__
+        fail(f"cannot read {path} ({why}): if it is damaged or too large, move it away")
     if not isinstance(checkpoint, dict) or checkpoint.get("version") != VERSION:
         fail(f"{path} is of another version of this code: train again in another --out_dir")
     return checkpoint

@@ -64,15 +64,18 @@ def t_test(sample):
     the chance of a mean this far from 0 by luck alone. Without a result: low and high nan, p 1."""
     n = len(sample)
     mean = sample.sum() / n if n else math.nan
+    unknown = (mean, math.nan, math.nan), 1.0
     if n < 2 or not np.isfinite(sample).all():
-        return (mean, math.nan, math.nan), 1.0
+        return unknown
+    sd = sample.std()
+    if sd < 1e-9 * abs(mean):  # accuracies are counts, so a few seeds may agree by chance
+        return unknown
     # By hand, to do without scipy. Let tan(angle) = mean / SD, where the SD divides by n. If luck
     # alone decides, the angle has the density cos^(n-2). That is Student's law with n - 1 degrees.
     angle = np.linspace(0, np.pi / 2, 20001)
     middle = (angle[1:] + angle[:-1]) / 2
     area = np.append(0, np.cumsum(np.cos(middle) ** (n - 2)))
     share = area / area[-1]  # the chance of a smaller angle, whatever its sign
-    sd = sample.std()
     half = sd * math.tan(np.interp(0.95, share, angle))
     p = 1 - np.interp(math.atan2(abs(mean), sd), angle, share)
     return (mean, mean - half, mean + half), max(p, 1e-9)  # the table has no more digits
@@ -200,7 +203,7 @@ def main(out_dirs, baseline):
     folders = [(name, runs.read_settings(name), runs.read_results(name)) for name in out_dirs]
     for folder, settings, results in folders:
         if not settings or not results:
-            raise ValueError(f"{folder} has no results: train something first, or check --out_dir")
+            raise ValueError(f"{folder} has no results yet: train, or --resume, or check --out_dir")
         pairs = ", ".join(f"{name} {value}" for name, value in settings.items() if value)
         print(textwrap.fill(f"{folder}: {pairs}", 100))
         print(f"\n{table(settings, results, baseline)}\n\n{verdict(settings, results)}\n")
