@@ -379,7 +379,7 @@ def train(cfg, method, seeds, data, device="cpu", state=None):
 
     # The data, and the random numbers of each step.
     train_x = data.train_blocks(device)  # (n_train, T), all on the device
-    rare = torch.tensor(data.rare, dtype=torch.long)
+    rare = torch.tensor(data.rare)
     is_rare_token = torch.isin(torch.arange(len(data.vocabulary)), rare).to(device)  # for ISAD
     n = len(pos)
     in_epochs = not data.is_text
@@ -736,6 +736,8 @@ def main(argv=None):
     if cfg.variance and "mdm" not in methods:
         fail("--variance measures at the plain MDM's weights: add mdm to --method")
     data = load_data(cfg, methods)
+    if cfg.variance and len(data.test) < 3:
+        fail("--variance needs three test sequences: raise --n_test, or take a longer text")
     device = pick_device(cfg.device)
     cfg.out_dir = cfg.out_dir or default_folder(cfg)
     compare(cfg, methods, seeds, data, device)
@@ -784,7 +786,7 @@ def train_and_save(cfg, method, seeds, data, device, start):
             state = runs.load_checkpoint(path)["state"]
             print(f"{method:>20} resumed: {state['step']} of {state['steps']} steps are done")
         elif cfg.resume:
-            print(f"{method:>20} begins: {cfg.out_dir} has no checkpoint of it with these seeds")
+            print(f"{method:>20} begins, as there is no {path}")
         if not state.get("done"):
             for state in train(cfg, method, seeds, data, device, state):
                 save(cfg, method, seeds, data, state, path)

@@ -183,7 +183,7 @@ def read_results(out_dir):
             try:
                 line = json.loads(text)
                 by_run[run_of(line)] = line
-                line["passes"], line["diverged"]  # KeyError if the report cannot use the line
+                line["passes"], line["diverged"], line["curve"]  # the report needs these
             except (ValueError, TypeError, KeyError):
                 fail(f"line {number} of {path} is damaged, or of an older version: mend it, or "
                      "move it to another file")

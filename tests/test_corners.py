@@ -353,7 +353,7 @@ def test_variance_is_that_of_the_settings(common, monkeypatch, capsys):
     flags = [*common, "--method=mdm,ppots,strats", "--lr=0.1", "--eps=0.2", "--ppots_fit=grid"]
     assert not train.main([*flags, "--variance"])
     said = capsys.readouterr().out
-    assert "worked out: strats\n" in said
+    assert "Not measured: strats (" in said
     rows = {row["method"]: row for row in read_lines("o/variance.jsonl")}
     shown = [line.split() for line in said.splitlines() if line.startswith("ppots  ")][-1]
     names = ("start_law", "start", "end_law", "end")

@@ -226,8 +226,11 @@ def test_methods_and_seeds_share_a_folder_and_other_settings_get_another(capsys)
     assert after["mdm", "", 1]["curve"] == before["mdm", "", 1]["curve"]
 
 
-@pytest.mark.parametrize("damaged", ['{"method": "m', '{"method": "mdm"}', "[1]", "5", "", "\udcff",
-                                     '{"method": "mdm", "start": "", "seed": 1}'])  # fmt: skip
+KEYS = ("method", "start", "seed", "passes", "diverged", "curve")
+INCOMPLETE = [json.dumps({key: 1 for key in KEYS if key != missing}) for missing in KEYS]
+
+
+@pytest.mark.parametrize("damaged", ['{"method": "m', "[1]", "5", "", "\udcff", *INCOMPLETE])
 def test_a_damaged_line_is_found_before_the_training(damaged, capsys):
     run("--seeds=1,2")
     path = Path("o/results.jsonl")
@@ -380,9 +383,12 @@ def test_fine_tuning_starts_every_seed_at_one_model(trained, capsys):
     capsys.readouterr()
     run(*tune, f"--init_from={trained}", "--resume")
     said = capsys.readouterr().out
-    assert " step " not in said and "no checkpoint" not in said
+    assert " step " not in said and " begins" not in said
     run(*tune, f"--init_from={trained}", "--resume", "--seeds=9")
-    assert "f has no checkpoint of it with these seeds" in capsys.readouterr().out
+    assert "begins, as there is no f/arm/ckpt_add2-1" in capsys.readouterr().out
+    run("--n_test=2", "--out_dir=two")
+    assert "begins" not in capsys.readouterr().out
+    assert "three" in refused(capsys, "--n_test=2", "--out_dir=two", "--variance")
     run("--out_dir=pre", "--lr=0.1", "--method=arm,mdm")  # another one with the name add2-1
     assert "another add2-1" in refused(capsys, *tune, "--init_from=pre")
     assert "fine_tuned True, not False" in refused(capsys, *tune)
@@ -487,10 +493,11 @@ def test_out_of_memory_and_a_full_disk_are_one_line(capsys, monkeypatch):
     assert "No space left" in refused(capsys, main=guarded)
     monkeypatch.setattr(train, "build", lambda *_: torch.empty(2**60))
     assert "--n_embd" in refused(capsys, main=guarded)
-    for error in (torch.OutOfMemoryError("CUDA"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")):
+    said = ["CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "not enough memory: you"]
+    for error in (torch.OutOfMemoryError("CUDA"), MemoryError(), *map(RuntimeError, said)):
         monkeypatch.setattr(train, "build", Mock(side_effect=error))
         assert "--n_embd" in refused(capsys, main=guarded)
-    for bug in ("illegal memory access", "in a CUDA graph, allocate the tensor with pin_memory=True"):
+    for bug in ("illegal memory access", "in a CUDA graph, allocate it with pin_memory=True"):
         monkeypatch.setattr(train, "build", Mock(side_effect=RuntimeError(bug)))
         with pytest.raises(RuntimeError, match=bug):  # it is not mistaken for too little memory
             guarded(SUMS)

@@ -128,6 +128,14 @@ def test_pairs_are_of_the_same_seed():
     assert report.compare(SETTINGS, lines, "a", "b")[1][0] == pytest.approx(0.5)
 
 
+def test_seeds_that_agree_by_chance_have_no_interval_and_no_ratio():
+    agreed = {seed: 17 / 512 for seed in (1, 2, 3)}
+    settings = SETTINGS | {"n_test": 512}
+    for baseline in ("mdm", "arm"):
+        row = cells(report.table(settings, shuffled(mdm=agreed, arm=ARM), baseline), "mdm")
+        assert row["mean accuracy"] == "0.033" and row["SD ratio"] == "-"
+
+
 def test_the_table_by_hand():
     many = shuffled(both=dict(zip(range(5), [0.9, 0.95, 0.7, 0.85, 1.0])), mdm={4: 0.3} | MDM)
     many = [line | {"passes": 2 if line["method"] == "both" else 1} for line in many]

@@ -68,7 +68,8 @@ def t_test(sample):
     if n < 2 or not np.isfinite(sample).all():
         return unknown
     sd = sample.std()
-    if sd < 1e-9 * abs(mean):  # accuracies are counts, so a few seeds may agree by chance
+    # Accuracies are counts, so a few seeds may agree by chance. (A mean of 0 stays: ema minus mdm.)
+    if sd < 1e-9 * abs(mean):
         return unknown
     # By hand, to do without scipy. Let tan(angle) = mean / SD, where the SD divides by n. If luck
     # alone decides, the angle has the density cos^(n-2). That is Student's law with n - 1 degrees.
@@ -108,7 +109,7 @@ def compare(settings, results, method, other):
     sd, df = spread(log_pair[0])
     other_sd, _ = spread(log_pair[1])  # of the same runs, so df is the same
     ratio = (math.nan, math.nan, math.nan)
-    if sd > 0 and other_sd > 0:
+    if sd > 1e-9 and other_sd > 1e-9:  # less is rounding
         # The log of a normal sample's SD has the variance 1/(2 df) + 1/(2 df^2) + 1/(3 df^3).
         # The log of a ratio of two SDs has twice that.
         factor = math.exp(Z975 * math.sqrt(1 / df + 1 / df**2 + 2 / (3 * df**3)))

@@ -95,7 +95,7 @@ def measure(cfg, methods, seeds, data, device, build):
     """Print a table, and write OUT_DIR/variance.jsonl. seeds has one seed. build is train.build."""
     own = [method for method in methods if mdm.parse_method(method) <= mdm.EXACT]
     if left_out := set(methods) - set(own):
-        print(f"\nNot measured, as their noise is not worked out: {', '.join(sorted(left_out))}")
+        print(f"\nNot measured: {', '.join(sorted(left_out))} (only words of {sorted(mdm.EXACT)})")
     init_seed = cfg.init_seed if cfg.init_seed >= 0 else None
     models = {"start": (cfg.init_from, init_seed), "end": (cfg.out_dir, seeds[0])}  # "": random
     print("\nGradient noise as a share of plain's: predicted by the law, and measured")
